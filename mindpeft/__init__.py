@@ -1,0 +1,1 @@
+"""mindpeft: parameter-efficient fine-tuning of Hugging Face checkpoints in MindSpore."""

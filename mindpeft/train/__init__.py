@@ -1,0 +1,1 @@
+"""Training: the compiled step, the trainer around it, metrics and reports."""

@@ -1,0 +1,1 @@
+"""The backbones: one file per architecture, imported as ``mindpeft.models``."""

