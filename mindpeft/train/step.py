@@ -1,0 +1,140 @@
+"""The compiled steps: one Cell that trains, one that evaluates."""
+
+from __future__ import annotations
+
+import inspect
+
+import mindspore as ms
+from mindspore import Tensor, mint, nn, ops
+
+from mindpeft.errors import InputError, did_you_mean
+from mindpeft.train.optim import AdamW, flatten
+
+_CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
+
+
+def argument_positions(model: nn.Cell, columns: tuple[str, ...]) -> tuple[int, ...]:
+    """For each argument of ``model.construct`` the index of its column, or -1 if the batch has none.
+
+    A graph can't be given keyword arguments by a variable name, but it can be given a fixed arrangement.
+
+    Raises:
+        InputError: a column is no argument of the model.
+    """
+    accepted = [
+        name
+        for name, parameter in inspect.signature(model.construct).parameters.items()
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    for column in columns:
+        if column not in accepted:
+            raise InputError(
+                f"the batch has a column {column!r} that {type(model).__name__} does not take: "
+                f"it takes {', '.join(accepted)}{did_you_mean(column, accepted)}"
+            )
+    return tuple(columns.index(name) if name in columns else -1 for name in accepted)
+
+
+def _arrange(columns: tuple, positions: tuple[int, ...]) -> tuple:
+    """The model's positional arguments, None where the batch has no such column; runs inside a graph."""
+    arguments = ()
+    for position in positions:
+        arguments = (*arguments, None) if position < 0 else (*arguments, columns[position])
+    return arguments
+
+
+class TrainStep(nn.Cell):
+    """Forward, loss, gradients of the trainable parameters, accumulation, clipping and AdamW in one graph.
+
+    The gradient is taken with respect to trainable parameters only, so that the graph holds none of a frozen
+    weight. A micro-batch whose group of ``accumulation_steps`` is not complete adds to a buffer, which exists
+    only if ``accumulation_steps > 1``. An update with a gradient that is not finite is left out.
+
+    Args:
+        model: returns ``(loss, logits)`` when given labels.
+        columns: names of the batch's columns, in the order in which :meth:`construct` gets them.
+        optimizer: over the parameters of ``model``.
+        accumulation_steps: micro-batches per update.
+        max_grad_norm: global norm to clip to, 0 for no clipping.
+    """
+
+    def __init__(
+        self,
+        model: nn.Cell,
+        columns: tuple[str, ...],
+        optimizer: AdamW,
+        accumulation_steps: int = 1,
+        max_grad_norm: float = 1.0,
+    ):
+        super().__init__(auto_prefix=False)
+        self.model = model
+        self.positions = argument_positions(model, columns)
+        self.optimizer = optimizer
+        self.accumulates = accumulation_steps > 1
+        if self.accumulates:
+            self.buffer = optimizer.flat_buffer("accumulated_gradient")
+        self.max_grad_norm = max_grad_norm
+        self.divide = ops.RealDiv()
+        self.loss_and_gradients = ms.value_and_grad(self.loss, None, weights=optimizer.parameters)
+
+    def loss(self, *columns: Tensor) -> Tensor:
+        return self.model(*_arrange(columns, self.positions))[0].astype(ms.float32)
+
+    def construct(
+        self,
+        update: Tensor,
+        share: Tensor,
+        learning_rate: Tensor,
+        step_size: Tensor,
+        root_scale: Tensor,
+        *columns: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Run one micro-batch.
+
+        Args:
+            update: () bool, whether this micro-batch ends its group; ignored without accumulation.
+            share: () float32, the micro-batch's weight in its group, one over the group's size.
+            learning_rate, step_size, root_scale: what :meth:`AdamW.scalars` gives for this update.
+            columns: the batch.
+
+        Returns:
+            The micro-batch's own loss, and the gradient's global norm before clipping (0 without an update).
+        """
+        loss, gradients = self.loss_and_gradients(*columns)
+        gradient = flatten(gradients)
+        if not self.accumulates:
+            return loss, self.apply(gradient, learning_rate, step_size, root_scale)
+        gradient = self.buffer + gradient * share
+        norm = ops.zeros_like(loss)
+        if update:
+            norm = self.apply(gradient, learning_rate, step_size, root_scale)
+            ops.assign(self.buffer, ops.zeros_like(gradient))
+        else:
+            ops.assign(self.buffer, gradient)
+        return loss, norm
+
+    def apply(self, gradient: Tensor, learning_rate: Tensor, step_size: Tensor, root_scale: Tensor) -> Tensor:
+        norm = mint.sqrt(mint.sum(gradient * gradient))
+        if ops.isfinite(norm):
+            if self.max_grad_norm > 0:
+                factor = self.divide(ops.ones_like(norm) * self.max_grad_norm, norm + _CLIP_EPS)
+                gradient = gradient * mint.clamp(factor, max=1.0)
+            self.optimizer(gradient, learning_rate, step_size, root_scale)
+        return norm
+
+
+class EvalStep(nn.Cell):
+    """The model's ``(loss, logits)``, or logits alone for batches without labels, as one graph.
+
+    Args:
+        model: as for :class:`TrainStep`.
+        columns: names of the batch's columns, in the order in which :meth:`construct` gets them.
+    """
+
+    def __init__(self, model: nn.Cell, columns: tuple[str, ...]):
+        super().__init__(auto_prefix=False)
+        self.model = model
+        self.positions = argument_positions(model, columns)
+
+    def construct(self, *columns: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return self.model(*_arrange(columns, self.positions))
