@@ -101,7 +101,7 @@ def read_json(path: str | os.PathLike) -> Any:
         raise InputError(f"no such file: {path}") from error
     except json.JSONDecodeError as error:
         raise InputError(f"{path} is not valid JSON: {error.msg} at line {error.lineno}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"can't read {path}: {error}") from error
 
 

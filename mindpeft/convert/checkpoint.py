@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Protocol
 
-from mindpeft.convert.safetensors_file import SafetensorsFile
+from mindpeft.convert.mindspore_file import MindSporeFile
+from mindpeft.convert.safetensors_file import SafetensorsFile, open_binary
 from mindpeft.convert.tensors import (
     RawTensor,
     TensorInfo,
@@ -16,6 +17,7 @@ from mindpeft.convert.tensors import (
     element_size,
     empty_bytes,
 )
+from mindpeft.convert.torch_file import ZIP_MAGIC, TorchFile
 from mindpeft.errors import InputError, did_you_mean
 from mindpeft.files import read_json
 
@@ -136,7 +138,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """
     path = Path(path)
     file = _find_weights(path) if path.is_dir() else path
-    if not file.exists():
+    if not os.path.exists(file):
         raise InputError(f"no such file or folder: {path}")
     if file.name.endswith(".index.json"):
         return _open_index(path, file)
@@ -152,8 +154,17 @@ def _find_weights(folder: Path) -> Path:
 
 
 def _open_file(path: Path) -> TensorFile:
-    """Open one file by its kind."""
-    return SafetensorsFile(path)
+    """Open one file by its kind. A `.ckpt` is MindSpore's, but torch's if it is a zip archive."""
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(path)
+    if path.suffix == ".ckpt" and not _is_zip(path):
+        return MindSporeFile(path)
+    return TorchFile(path)
+
+
+def _is_zip(path: Path) -> bool:
+    with open_binary(path) as file:
+        return file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
 
 
 def _open_index(path: Path, index: Path) -> Checkpoint:
@@ -161,7 +172,7 @@ def _open_index(path: Path, index: Path) -> Checkpoint:
     weight_map = _read_weight_map(index)
     shards = dict.fromkeys(weight_map.values())
     for shard in shards:
-        if not (index.parent / shard).is_file():
+        if not os.path.isfile(index.parent / shard):
             raise InputError(f"{index} names the file {shard}, which is missing")
     opened: dict[str, TensorFile] = {}
     try:
@@ -184,9 +195,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(
-            f"{index} is no index of shards: it needs a weight_map from tensor names to file names"
-        )
+        raise InputError(f"{index} is no index: it needs a weight_map from tensor names to file names")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _stays_inside(shard):
             raise InputError(
