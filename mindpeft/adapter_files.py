@@ -1,0 +1,204 @@
+"""Adapter folders in Hugging Face PEFT's format, and the one map between file names and parameters.
+
+base_model.model.<path>.lora_A.weight      a tensor of the slot of the wrapped cell <path>
+base_model.model.<path>.base_layer.bias    the wrapped cell's own parameter, when it was trained or saved
+base_model.model.<path>.weight             a parameter of the base model (a saved head, a trained bias)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+from mindspore import nn
+
+from mindpeft.config import PeftConfig
+from mindpeft.convert.checkpoint import open_checkpoint
+from mindpeft.convert.safetensors_file import write_safetensors
+from mindpeft.convert.tensors import RawTensor
+from mindpeft.errors import InputError
+
+PREFIX = "base_model.model."
+WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")  # in PEFT's order
+_BASE_LAYER = "base_layer"
+# PEFT's own wrapper of a saved cell, whose parameters leak into the file with bias="all".
+_STRAY_HOLDERS = ("original_module", "modules_to_save")
+
+# MindSpore's classic cells name parameters differently from torch.
+CLASSIC_NAMES = {
+    "gamma": "weight",
+    "beta": "bias",
+    "embedding_table": "weight",
+    "moving_mean": "running_mean",
+    "moving_variance": "running_var",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter of the base model lives: MindSpore may replace the object, never its place."""
+
+    cell: nn.Cell
+    attribute: str
+
+    @property
+    def parameter(self) -> ms.Parameter:
+        """The parameter that is there now."""
+        return getattr(self.cell, self.attribute)
+
+    @property
+    def is_statistic(self) -> bool:
+        """Whether this is a running statistic, which no gradient reaches."""
+        return self.attribute.startswith("moving_")
+
+    def read(self) -> np.ndarray:
+        """A copy of the value on the host."""
+        return self.parameter.asnumpy().copy()
+
+    def write(self, value: np.ndarray) -> None:
+        """Set the value, which is rounded to the parameter's dtype."""
+        self.parameter.set_data(ms.Tensor(value))
+
+
+def base_places(model: nn.Cell) -> dict[str, Place]:
+    """Every parameter of a bare model by its Hugging Face name; a tied one occurs under each of its names."""
+    places = {}
+    for path, cell in model.cells_and_names():
+        for attribute, parameter in cell.parameters_and_names(expand=False):
+            if parameter is None:
+                continue
+            attribute = attribute.rsplit(".", 1)[-1]
+            leaf = CLASSIC_NAMES.get(attribute, attribute)
+            leaf = attribute if hasattr(cell, leaf) and leaf != attribute else leaf
+            places[f"{path}.{leaf}" if path else leaf] = Place(cell, attribute)
+    return places
+
+
+def own_name(name: str, wrapped: Iterable[str]) -> str:
+    """The file's name of a base parameter, given the paths of the cells that the adapter wraps."""
+    path, _, leaf = name.rpartition(".")
+    return f"{path}.{_BASE_LAYER}.{leaf}" if path in wrapped else name
+
+
+def base_name(name: str) -> str:
+    """The base parameter that a file's name stands for: the reverse of ``own_name``."""
+    return name.replace(f".{_BASE_LAYER}.", ".")
+
+
+def is_stray(name: str) -> bool:
+    """Whether PEFT wrote this tensor by accident: a twin of a saved cell's parameter, told by its holder."""
+    return any(f".{holder}." in f".{name}" for holder in _STRAY_HOLDERS)
+
+
+def stray_names(biases: Iterable[str], saved: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
+    """The twins that PEFT writes of saved cells' biases with bias="all".
+
+    Yields:
+        the file's name, the base parameter's name, and whether it holds the base model's own value.
+    """
+    for module in saved:
+        for name in biases:
+            if name.startswith(f"{module}."):
+                rest = name[len(module) + 1 :]
+                for holder in _STRAY_HOLDERS:
+                    yield f"{module}.{holder}.{rest}", name, holder == "original_module"
+
+
+def adapter_folder(folder: str | os.PathLike, adapter_name: str) -> Path:
+    """Where PEFT keeps an adapter: "default" in the folder itself, others in a sub-folder of their name."""
+    return Path(folder) if adapter_name == "default" else Path(folder) / adapter_name
+
+
+def write_adapter(folder: Path, config: PeftConfig, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write an adapter's two files, the config last, so that a folder with a config is complete.
+
+    Args:
+        folder: made if absent.
+        config: its ``inference_mode`` is written as true, as PEFT does.
+        tensors: values by their names without the prefix ``base_model.model.``.
+
+    Raises:
+        InputError: the folder can't be written.
+    """
+    named = ((PREFIX + name, RawTensor.from_numpy(value)) for name, value in tensors.items())
+    write_safetensors(folder / WEIGHT_NAMES[0], named)
+    config.save_pretrained(folder)
+
+
+def read_tensors(folder: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Read an adapter's tensors, bfloat16 widened to float32, by their names without ``base_model.model.``.
+
+    Raises:
+        InputError: no weights file, a damaged one, or tensors of something that is no adapter of a cell.
+    """
+    folder = Path(folder)
+    path = next((folder / name for name in WEIGHT_NAMES if (folder / name).is_file()), None)
+    if path is None:
+        raise InputError(f"{folder} holds no adapter: neither {' nor '.join(WEIGHT_NAMES)} is there")
+    with open_checkpoint(path) as checkpoint:
+        foreign = [name for name in checkpoint if not name.startswith(PREFIX)]
+        if foreign:
+            raise InputError(
+                f"{path}: tensor names must start with {PREFIX!r}, but {shortened(foreign)} does not"
+            )
+        return {name[len(PREFIX) :]: checkpoint[name].numpy() for name in checkpoint}
+
+
+def shortened(names: Iterable[str], quote: bool = True, count: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    names = [repr(name) if quote else name for name in names]
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+def sort_tensors(
+    tensors: Mapping[str, np.ndarray],
+    slots: Mapping[str, tuple[int, ...]],
+    places: Mapping[str, Place],
+    required: Iterable[str],
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Sort a file's tensors into those of the slots and those that replace base parameters.
+
+    Args:
+        tensors: by their names without the prefix, as from ``read_tensors``.
+        slots: name -> shape of every tensor that the adapter must have.
+        places: the base model's parameters.
+        required: the base parameters that the file must hold as well.
+
+    Returns:
+        slot tensors by file name, and base parameters' values by base name.
+
+    Raises:
+        InputError: tensors of the wrong shape, missing tensors, or tensors that fit nowhere; all are counted.
+    """
+    found = {name: value for name, value in tensors.items() if name in slots}
+    rest = {
+        base_name(name): value for name, value in tensors.items() if name not in slots and not is_stray(name)
+    }
+    own = {name: value for name, value in rest.items() if name in places}
+    shapes = {**slots, **{name: tuple(places[name].parameter.shape) for name in own}}
+    wrong = [
+        f"{name!r} is {value.shape} in the file and {shapes[name]} in the model"
+        for name, value in {**found, **own}.items()
+        if value.shape != shapes[name]
+    ]
+    missing = [
+        *(name for name in slots if name not in found),
+        *(name for name in required if name not in own),
+    ]
+    problems = [
+        f"{label} {shortened(names, quote)}"
+        for label, names, quote in (
+            ("tensors of another shape (is it for another base model?):", wrong, False),
+            ("tensors missing from the file:", missing, True),
+            ("tensors that the model has no place for:", [name for name in rest if name not in places], True),
+        )
+        if names
+    ]
+    if problems:
+        raise InputError("the adapter does not fit this model: " + "; ".join(problems))
+    return found, own
