@@ -1,0 +1,130 @@
+"""Scaled dot-product attention and the split into heads."""
+
+from __future__ import annotations
+
+import math
+
+import mindspore as ms
+import mindspore.nn as nn
+from mindspore import Tensor, ops
+
+from mindpeft.ops.device import on_cpu
+
+FLOATS = (ms.float32, ms.float16, ms.bfloat16)
+
+
+class CpuSoftmax(nn.Cell):
+    """Softmax over the last axis whose gradient does not broadcast: on the CPU that keeps its buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.softmax = ops.Softmax(-1)
+        self.row_sum = ops.ReduceSum(keep_dims=True)
+        self.tile = ops.Tile()
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.softmax(x)
+
+    def bprop(self, x, out, dout):
+        weighted = out * dout
+        total = self.tile(self.row_sum(weighted, -1), (*(1,) * (x.ndim - 1), x.shape[-1]))
+        return (weighted - out * total,)
+
+
+def softmax() -> nn.Cell:
+    """Return the Cell of the softmax over the last axis for the current device."""
+    return CpuSoftmax() if on_cpu() else nn.Softmax(-1)
+
+
+class SplitHeads(nn.Cell):
+    """(batch, length, heads * size) to (batch, heads, length, size)."""
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.copy_by_head = on_cpu()
+        self.split = ops.Split(-1, heads)
+        self.stack = ops.Stack(1)
+
+    def construct(self, x: Tensor) -> Tensor:
+        if self.copy_by_head:  # Transpose keeps twice its size on the CPU
+            return self.stack(self.split(x))
+        batch, length, width = x.shape
+        return ops.transpose(x.reshape((batch, length, self.heads, width // self.heads)), (0, 2, 1, 3))
+
+
+class MergeHeads(nn.Cell):
+    """(batch, heads, length, size) to (batch, length, heads * size)."""
+
+    def __init__(self):
+        super().__init__()
+        self.copy_by_head = on_cpu()
+        self.unstack = ops.Unstack(1)
+        self.concat = ops.Concat(-1)
+
+    def construct(self, x: Tensor) -> Tensor:
+        if self.copy_by_head:
+            return self.concat(self.unstack(x))
+        batch, heads, length, size = x.shape
+        return ops.transpose(x, (0, 2, 1, 3)).reshape((batch, length, heads * size))
+
+
+class Attention(nn.Cell):
+    """``softmax(q k^T / sqrt(size) + mask) v`` with dropout on the weights (Vaswani et al., 2017)."""
+
+    def __init__(self, dropout: float = 0.0):
+        super().__init__()
+        self.scores = ops.BatchMatMul(transpose_b=True)
+        self.mix = ops.BatchMatMul()
+        self.softmax = softmax()
+        self.dropout = nn.Dropout(p=dropout)
+
+    def construct(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Mix the values.
+
+        Args:
+            query, key, value: (batch, heads, length, size).
+            mask: added to the scores, broadcasts to (batch, heads, queries, keys).
+
+        Returns:
+            Tensor of the query's shape.
+        """
+        scores = self.scores(query * (1.0 / math.sqrt(query.shape[-1])), key)
+        if mask is not None:
+            scores = scores + mask
+        return self.mix(self.dropout(self.softmax(scores)), value)
+
+
+class AdditiveMask(nn.Cell):
+    """Turns an attention mask into the tensor that ``Attention`` adds to its scores."""
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.expand = on_cpu()
+        self.tile = ops.Tile()
+
+    def construct(self, mask: Tensor, queries: int, dtype: ms.Type) -> Tensor:
+        """Return the additive mask.
+
+        Args:
+            mask: (batch, keys), (batch, queries, keys) or (batch, 1 or heads, 1 or queries, keys), 1 for
+                attend and 0 for not; a four-axis mask of floats is taken to be additive already.
+            queries: the number of query positions.
+            dtype: the dtype of the scores.
+
+        Returns:
+            Tensor that broadcasts to (batch, heads, queries, keys).
+        """
+        additive = mask.ndim == 4 and mask.dtype in FLOATS
+        if mask.ndim == 2:
+            mask = mask.reshape((mask.shape[0], 1, 1, mask.shape[1]))
+        elif mask.ndim == 3:
+            mask = mask.reshape((mask.shape[0], 1, mask.shape[1], mask.shape[2]))
+        if not additive:
+            lowest = -65504.0 if dtype == ms.float16 else -3.3895314e38
+            mask = (1.0 - mask.astype(ms.float32)) * lowest
+        mask = mask.astype(dtype)
+        if self.expand:  # once here, rather than a broadcast that keeps its buffers in every layer
+            mask = self.tile(mask, (1, self.heads // mask.shape[1], queries // mask.shape[2], 1))
+        return mask

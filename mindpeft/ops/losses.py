@@ -1,0 +1,72 @@
+"""The losses of the task heads."""
+
+from __future__ import annotations
+
+import mindspore as ms
+from mindspore import Tensor, ops
+
+IGNORED_LABEL = -100
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy over the labels that are not -100 (0 where there is none).
+
+    Args:
+        logits: (..., classes).
+        labels: (...), integers.
+
+    Returns:
+        Scalar of dtype float32.
+    """
+    rows = logits.reshape((-1, logits.shape[-1])).astype(ms.float32)
+    labels = labels.reshape((-1,)).astype(ms.int32)
+    counted = (labels != IGNORED_LABEL).astype(ms.float32)
+    log_probabilities = ops.log_softmax(rows, -1)
+    chosen = ops.gather_elements(log_probabilities, 1, ops.maximum(labels, 0).reshape((-1, 1))).reshape((-1,))
+    return -(chosen * counted).sum() / ops.maximum(counted.sum(), 1.0)
+
+
+def classification_loss(
+    logits: Tensor, labels: Tensor, problem_type: str | None = None, example_mask: Tensor | None = None
+) -> Tensor:
+    """The loss of a whole-text head, chosen as Hugging Face chooses it.
+
+    Args:
+        logits: (batch, num_labels).
+        labels: (batch,) integers, or floats of the logits' shape ((batch,) too for one label).
+        problem_type: ``regression``, ``single_label_classification``, ``multi_label_classification``; None
+            means regression for one label, single-label for integer labels and multi-label for floats.
+        example_mask: (batch,), 1 for the rows that count, where the labels are floats.
+    """
+    if problem_type is None:
+        integers = labels.dtype in (ms.int32, ms.int64)
+        multiple = "single_label_classification" if integers else "multi_label_classification"
+        problem_type = "regression" if logits.shape[-1] == 1 else multiple
+    if problem_type == "single_label_classification":
+        return cross_entropy(logits, labels)
+    labels = labels.reshape(logits.shape)
+    if problem_type == "regression":
+        return mean_squared_error(logits, labels, example_mask)
+    return binary_cross_entropy(logits, labels, example_mask)
+
+
+def mean_squared_error(predictions: Tensor, targets: Tensor, example_mask: Tensor | None = None) -> Tensor:
+    """Mean of ``(predictions - targets)**2``; both of one shape, the first axis is the batch."""
+    difference = predictions.astype(ms.float32) - targets.astype(ms.float32)
+    return weighted_mean(ops.square(difference), example_mask)
+
+
+def binary_cross_entropy(logits: Tensor, targets: Tensor, example_mask: Tensor | None = None) -> Tensor:
+    """Mean of the per-label binary cross-entropy; logits and targets (batch, labels), targets in [0, 1]."""
+    x, y = logits.astype(ms.float32), targets.astype(ms.float32)
+    # max(x, 0) - x y + log(1 + exp(-|x|)) overflows for no x
+    return weighted_mean(ops.relu(x) - x * y + ops.log(1.0 + ops.exp(-ops.abs(x))), example_mask)
+
+
+def weighted_mean(values: Tensor, example_mask: Tensor | None) -> Tensor:
+    """Mean over all elements of the rows (first axis) that ``example_mask`` (batch,) marks with 1."""
+    rows = values.reshape((values.shape[0], -1))
+    if example_mask is None:
+        return rows.mean()
+    per_row = rows.mean(-1)
+    return (per_row * example_mask).sum() / ops.maximum(example_mask.sum(), 1.0)

@@ -1,0 +1,143 @@
+"""What every backbone shares: building from a checkpoint folder, fresh weights, writing back."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, ClassVar
+
+import mindspore as ms
+import mindspore.nn as nn
+import numpy as np
+from mindspore import Tensor
+
+from mindpeft.console import logger
+from mindpeft.convert.checkpoint import open_checkpoint
+from mindpeft.convert.loader import LoadReport, hf_renamer, load_weights, parameter_places
+from mindpeft.convert.tensors import LazyTensor
+from mindpeft.convert.writer import save_checkpoint
+from mindpeft.errors import InputError, did_you_mean
+from mindpeft.models.config import PretrainedConfig, read_config
+from mindpeft.nn import LayerNorm
+
+FLOATS = (ms.float64, ms.float32, ms.float16, ms.bfloat16)
+DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
+
+
+class PreTrainedModel(nn.Cell):
+    """A backbone or a backbone with a head, whose parameters carry the names of its Hugging Face checkpoint.
+
+    Attributes:
+        config_class: the architecture's configuration.
+        base_model_prefix: the attribute that holds the backbone in a model with a head.
+        ignored_on_load: regular expressions of tensors that a checkpoint may hold without use here.
+        load_report: what :meth:`from_pretrained` loaded, None for a model from :meth:`from_config`.
+    """
+
+    config_class: ClassVar[type[PretrainedConfig]]
+    base_model_prefix: ClassVar[str] = ""
+    ignored_on_load: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: PretrainedConfig):
+        super().__init__()
+        self.config = config
+        self.load_report: LoadReport | None = None
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig) -> PreTrainedModel:
+        """Return a model with fresh random weights, drawn from NumPy's generator (``mindspore.set_seed``)."""
+        model = cls(config)
+        model.init_weights()
+        return model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike,
+        *,
+        dtype: str = "float32",
+        ignore_mismatched_sizes: bool = False,
+        **overrides: Any,
+    ) -> PreTrainedModel:
+        """Build the model that a Hugging Face checkpoint folder describes and load its weights.
+
+        Args:
+            folder: holds config.json and model.safetensors, pytorch_model.bin, or their shards.
+            dtype: of the parameters: ``float32``, ``float16``, ``bfloat16``, or ``auto`` for the one that
+                config.json names.
+            ignore_mismatched_sizes: initialise a tensor of another shape afresh instead of refusing it.
+            overrides: keys of the configuration, such as ``num_labels=77``.
+
+        Returns:
+            The model, not in training mode; ``model.load_report`` tells what was loaded, and is logged.
+
+        Raises:
+            InputError: the folder, its files or an override can't be used.
+        """
+        values = read_config(folder)
+        config = cls.config_class.from_dict(values, name_or_path=str(folder), **overrides)
+        with open_checkpoint(folder) as checkpoint:
+            model = cls(config)
+            names = parameter_places(model)
+            report = load_weights(
+                model,
+                checkpoint,
+                rename=hf_renamer(names, cls.base_model_prefix),
+                ignore_unexpected=cls.ignored_on_load,
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
+                dtype=_dtype(dtype, values),
+            )
+        model.init_weights({*report.newly_initialised, *report.misshapen})
+        model.load_report = report
+        model.set_train(False)
+        logger.info("%s: %s", cls.__name__, report)
+        return model
+
+    def init_weights(self, names: set[str] | None = None) -> None:
+        """Fill parameters as Hugging Face does: normal(0, initializer_range), zero biases, norms 1 and 0.
+
+        Args:
+            names: the parameters to fill; None for all.
+        """
+        std = getattr(self.config, "initializer_range", 0.02)
+        for path, cell in self.cells_and_names():
+            for leaf, parameter in cell.parameters_and_names(expand=False):
+                name = f"{path}.{leaf}" if path else leaf
+                if names is not None and name not in names:
+                    continue
+                value = np.zeros(parameter.shape, np.float32)
+                if leaf == "weight" and isinstance(cell, LayerNorm):
+                    value[:] = 1.0
+                elif leaf == "weight":
+                    value[:] = np.random.standard_normal(parameter.shape) * std
+                    if getattr(cell, "padding_idx", None) is not None:
+                        value[cell.padding_idx] = 0.0
+                parameter.set_data(Tensor(value).astype(parameter.dtype))
+
+    def save_pretrained(
+        self, folder: str | os.PathLike, *, dtype: str | None = None, max_shard_size: str = "5GB"
+    ) -> None:
+        """Write config.json and model.safetensors (or shards) that ``transformers`` opens.
+
+        Args:
+            folder: made if absent; an earlier checkpoint in it is replaced.
+            dtype: of the file's floating-point tensors, None for the parameters' own.
+            max_shard_size: a larger model is split, such as ``"5GB"``.
+        """
+        target = None if dtype is None else _dtype(dtype, {})
+        tensors = [
+            (name, LazyTensor.from_parameter(parameter, target if parameter.dtype in FLOATS else None))
+            for name, parameter in self.parameters_and_names()
+        ]
+        save_checkpoint(folder, tensors, max_shard_size=max_shard_size)
+        self.config.extra["architectures"] = [type(self).__name__]
+        self.config.save_pretrained(folder)
+
+
+def _dtype(name: str, config: dict[str, Any]) -> ms.Type:
+    if name == "auto":
+        name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    if name not in DTYPES:
+        raise InputError(
+            f"unknown dtype {name!r}; known: auto, {', '.join(DTYPES)}{did_you_mean(name, DTYPES)}"
+        )
+    return DTYPES[name]
