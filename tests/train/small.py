@@ -36,9 +36,11 @@ class SmallClassifier(nn.Cell):
         return ops.cross_entropy(logits, labels), logits
 
     def save_pretrained(self, folder):
-        from mindpeft.convert.safetensors_file import save_file
+        from mindpeft.convert.safetensors_file import write_safetensors
+        from mindpeft.convert.tensors import RawTensor
 
-        save_file({p: v.asnumpy() for p, v in self.parameters_and_names()}, f"{folder}/model.safetensors")
+        tensors = [(path, RawTensor.from_parameter(p)) for path, p in self.parameters_and_names()]
+        write_safetensors(f"{folder}/model.safetensors", tensors)
 
 
 def make_weights(seed: int) -> dict[str, np.ndarray]:
