@@ -70,8 +70,8 @@ def load_weights(
 ) -> LoadReport:
     """Copy a checkpoint's tensors into a Cell's parameters.
 
-    Everything is checked before the first parameter changes. Tensors are then read one at a time, each
-    straight into the memory that becomes the parameter's: the peak is the model plus the largest tensor.
+    Everything is checked before the first parameter changes. Tensors are then read one at a time and copied
+    into the parameters' own memory: the peak is the model plus the largest tensor.
 
     Args:
         cell: the model; its parameters are known by their place in it (``cell.parameters_and_names()``). A
@@ -108,7 +108,7 @@ def load_weights(
         loaded=list(chosen),
         newly_initialised=[name for name in _first_names(untouched) if name not in misfits],
         unused=unused,
-        misshapen=sorted(misfits & untouched.keys()),
+        misshapen=[name for name in misfits if name in untouched],
         files=list(checkpoint.files),
         seconds=time.perf_counter() - began,
     )
@@ -206,8 +206,17 @@ _MINDSPORE_FLOATS = {"F64": ms.float64, "F32": ms.float32, "F16": ms.float16, "B
 
 
 def _fill(parameter: ms.Parameter, checkpoint: Checkpoint, source: str) -> None:
-    """Read into fresh memory of the parameter's dtype; the parameter takes that memory over."""
-    parameter.set_data(checkpoint.read(source, parameter.dtype).to_mindspore())
+    """Copy a tensor into the parameter's own memory.
+
+    ``set_data`` would hand the parameter other memory, of which a function compiled by ``ms.jit`` before the
+    load doesn't learn: it goes on reading the old one, freed or not.
+    """
+    value = checkpoint.read(source, parameter.dtype).to_mindspore()
+    if parameter.has_init:  # created without memory, under no_init_parameters
+        parameter.set_data(value)
+    else:
+        parameter.copy_(value)
+        ms.runtime.synchronize()  # or tensors wait in line for their copy, each in memory
 
 
 def _shape(parameter: ms.Parameter) -> tuple[int, ...]:

@@ -164,7 +164,7 @@ def _check_opcodes(file: IO[bytes]) -> None:
 
 
 def _allowed_names() -> dict[tuple[str, str], Any]:
-    """Fresh stand-ins for one file: a pickle can set attributes on what it gets, and may not reach the next."""
+    """Fresh stand-ins for one file: a pickle can set attributes on what it gets, never on another's."""
 
     def rebuild(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> TensorRef:
         return TensorRef(storage, storage.dtype, offset, tuple(size), tuple(stride))
