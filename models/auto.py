@@ -21,7 +21,9 @@ def architecture(model_type: Any, where: str) -> ModuleType:
     Raises:
         InputError: it is not supported; the message names those that are. ``where`` says who asks.
     """
-    if model_type not in MODEL_FILES:
+    if model_type is None:
+        raise InputError(f"{where} has no model_type; known: {', '.join(sorted(MODEL_FILES))}")
+    if not isinstance(model_type, str) or model_type not in MODEL_FILES:
         raise InputError(
             f"{where}: model_type {model_type!r} is not supported; known: {', '.join(sorted(MODEL_FILES))}"
             + did_you_mean(str(model_type), MODEL_FILES)

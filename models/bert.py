@@ -37,20 +37,22 @@ class BertConfig(PretrainedConfig):
     type_vocab_size: int = 2
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
-    pad_token_id: int = 0
+    pad_token_id: int | None = 0
     position_embedding_type: str = "absolute"
     tie_word_embeddings: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         if self.hidden_size % self.num_attention_heads:
             raise InputError(
                 f"hidden_size {self.hidden_size} is no multiple of "
                 f"num_attention_heads {self.num_attention_heads}"
             )
         if self.position_embedding_type != "absolute":
-            raise InputError(
-                f"position_embedding_type {self.position_embedding_type!r} is unknown; only 'absolute' is known"
-            )
+            raise InputError(f"position_embedding_type {self.position_embedding_type!r} is not 'absolute'")
+        for key in ("is_decoder", "add_cross_attention"):
+            if self.extra.get(key):
+                raise InputError(f"{key} is true, but only BERT's encoder is supported")
 
 
 class BertEmbeddings(nn.Cell):
