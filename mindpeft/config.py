@@ -159,6 +159,13 @@ def register_method(config_class: ConfigClass) -> ConfigClass:
     return config_class
 
 
+def supported_methods() -> dict[PeftType, type[PeftConfig]]:
+    """The methods that there are, each with its config class."""
+    import mindpeft.tuners  # noqa: F401  (fills the registry)
+
+    return dict(_METHODS)
+
+
 def config_class_of(peft_type: str) -> type[PeftConfig]:
     """Return the config class of a method.
 
