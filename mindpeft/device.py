@@ -50,18 +50,27 @@ def setup_device(
     if mode not in _MODES:
         raise InputError(f"unknown mode {mode!r}: choose graph or pynative{did_you_mean(mode, _MODES)}")
     chosen = _choose(device)
-    try:
-        if device_id is None:
-            ms.set_device(chosen)
-        else:
-            ms.set_device(chosen, device_id)
-    except (RuntimeError, ValueError) as error:
-        place = chosen if device_id is None else f"{chosen} {device_id}"
-        raise InputError(f"can't use device {place}: {str(error).strip().splitlines()[0]}") from error
+    if not _is_in_use(chosen, device_id):
+        _set_device(chosen, device_id)
     ms.set_context(mode=_MODES[mode])
     if seed is not None:
         ms.set_seed(seed)
     return chosen
+
+
+def _is_in_use(device: str, device_id: int | None) -> bool:
+    """Whether nothing has to be set; MindSpore refuses to, even to the same, once it has run something."""
+    is_same_card = device_id is None or device_id == ms.get_context("device_id")
+    return device == ms.get_context("device_target") and is_same_card
+
+
+def _set_device(device: str, device_id: int | None) -> None:
+    place = (device,) if device_id is None else (device, device_id)
+    try:
+        ms.set_device(*place)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"can't use device {' '.join(map(str, place))}: {reason}") from error
 
 
 def _choose(device: str) -> str:
@@ -77,7 +86,7 @@ def _choose(device: str) -> str:
         return present[0]
     if name not in present:
         raise InputError(
-            f"device {name!r} is not present (or its driver does not load); present here: {', '.join(present)}"
+            f"device {name!r} is absent or its driver does not load; present: {', '.join(present)}"
         )
     return name
 

@@ -11,11 +11,11 @@ __all__ = [
     "EvalPrediction",
     "NonFiniteLossError",
     "PredictionOutput",
+    "TrainOutput",
     "Trainer",
     "TrainerCallback",
     "TrainerControl",
     "TrainerState",
-    "TrainOutput",
     "TrainingArguments",
     "TrainingInterrupted",
 ]

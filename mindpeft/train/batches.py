@@ -38,8 +38,8 @@ def make_batches(
     """Batches of ``dataset``.
 
     Args:
-        dataset: a batcher (returned as it is), a sequence of feature dicts (``input_ids``, ``labels``,
-            ...), or a ``mindspore.dataset.Dataset`` with such columns, of rows or already batched; its rows are
+        dataset: a batcher (returned as it is), a sequence of feature dicts (``input_ids``, ``labels``
+            and so on), or a ``mindspore.dataset.Dataset`` with such columns, of rows or batches, which is
             read into memory.
         batch_size, pad_token_id, max_buckets, max_length, shuffle, seed: see ``BucketBatcher``.
 
@@ -84,10 +84,10 @@ def _plain(value: np.ndarray) -> Any:
 
 
 def model_inputs(batch: Batch) -> Batch:
-    """The model's columns, in order of name; rows that only fill the batch up don't count in the loss.
+    """The model's columns, in order of name; rows that only fill up the batch don't count.
 
-    Integer labels of such a row are -100, which losses leave out. Floats have no such value, so the row itself
-    is cut off (one more shape to compile, at most).
+    Integer labels of such a row are -100, which losses leave out. Floats have no such value, so the row
+    itself is cut off (one more shape to compile, at most).
     """
     inputs = {name: batch[name] for name in sorted(batch) if name not in _NOT_INPUTS}
     mask = batch.get("example_mask")

@@ -26,8 +26,8 @@ _WEIGHT = "parameter."
 def save_checkpoint(folder: Path, model: nn.Cell, optimizer: AdamW, state: TrainerState) -> None:
     """Write ``optimizer.safetensors``, ``trainer_state.json`` and the model's own files.
 
-    ``optimizer.safetensors`` holds AdamW's moments and the exact trainable parameters too, since the model's own
-    files may round or rename them.
+    ``optimizer.safetensors`` holds AdamW's moments and the exact trainable parameters too, since the model's
+    own files may round or rename them.
     """
     with atomic_folder(folder) as temporary:
         if hasattr(model, "save_pretrained"):
@@ -153,3 +153,11 @@ def remove_checkpoints(folders: Iterable[Path]) -> None:
     for folder in folders:
         (folder / STATE_FILE).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def how_to_resume(output_dir: Path) -> str:
+    """Where the last complete checkpoint is, as the end of a sentence."""
+    checkpoints = list_checkpoints(output_dir)
+    if not checkpoints:
+        return "; no checkpoint was written"
+    return f"; last complete checkpoint: {checkpoints[-1]}; resume with resume_from_checkpoint: true"

@@ -19,7 +19,7 @@ _LANGUAGE_HEADS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalG
 
 
 class PredictionOutput(NamedTuple):
-    """What ``Trainer.predict`` gives: logits and labels in the data set's order (None if absent), and metrics."""
+    """What ``Trainer.predict`` gives: logits and labels in the data set's order, and metrics."""
 
     predictions: np.ndarray | None
     label_ids: np.ndarray | None
@@ -52,8 +52,8 @@ def evaluate(
     """Run the model over ``batches``.
 
     Args:
-        compute_metrics: gets logits and labels; by default the metrics that fit the labels, and perplexity for
-            language models, whose logits are not kept.
+        compute_metrics: gets logits and labels; by default the metrics that fit the labels, and perplexity
+            for language models, whose logits are not kept.
         loss_only: no logits, no metrics but the loss.
         keep_logits: return logits even where the metrics don't need them.
         prefix: put before each metric's name.

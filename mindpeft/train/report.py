@@ -39,7 +39,7 @@ def count_parameters(model: nn.Cell) -> tuple[int, int]:
 class RunReport:
     """What a run cost and gave; None where there is nothing to tell.
 
-    ``compile_seconds`` and ``median_step_seconds`` as ``CompileClock`` measures them; ``best_metric`` as text.
+    ``compile_seconds`` and ``median_step_seconds`` are measured by ``CompileClock``; ``best_metric`` is text.
     """
 
     trainable_parameters: int

@@ -36,6 +36,11 @@ class CompileClock:
         return len(self.seconds)
 
     @property
+    def calls(self) -> int:
+        """All calls booked."""
+        return sum(len(times) for times in self.seconds.values())
+
+    @property
     def compile_seconds(self) -> float:
         """First calls, less the median later call of the same shape (less nothing if there was only one)."""
         return sum(times[0] - (median(times[1:]) if times[1:] else 0.0) for times in self.seconds.values())

@@ -7,9 +7,9 @@ from mindspore import nn
 
 
 def seed_everything(model: nn.Cell, seed: int) -> None:
-    """Seed MindSpore, NumPy's global generator, and the random operators that ``model`` already holds.
+    """Seed MindSpore, NumPy's global generator, and the random operators that ``model`` holds.
 
-    MindSpore gives an operator such as dropout its seed when it is made; without new seeds, a run would depend
+    MindSpore gives an operator such as dropout its seed when it is made; without new seeds a run depends
     on what the process did before. Graphs compiled earlier keep their old ones.
     """
     ms.set_seed(seed)

@@ -21,15 +21,16 @@ def argument_positions(model: nn.Cell, columns: tuple[str, ...]) -> tuple[int, .
     Raises:
         InputError: a column is no argument of the model.
     """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     accepted = [
         name
-        for name, parameter in inspect.signature(model.construct).parameters.items()
+        for name, parameter in inspect.signature(base.construct).parameters.items()
         if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     ]
     for column in columns:
         if column not in accepted:
             raise InputError(
-                f"the batch has a column {column!r} that {type(model).__name__} does not take: "
+                f"the batch has a column {column!r} that {type(base).__name__} does not take: "
                 f"it takes {', '.join(accepted)}{did_you_mean(column, accepted)}"
             )
     return tuple(columns.index(name) if name in columns else -1 for name in accepted)

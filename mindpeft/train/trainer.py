@@ -28,6 +28,7 @@ from mindpeft.train.callbacks import (
 from mindpeft.train.checkpoints import (
     checkpoint_folder,
     find_checkpoint,
+    how_to_resume,
     list_checkpoints,
     load_checkpoint,
     load_weights,
@@ -93,8 +94,9 @@ class Trainer:
         if args.eval_strategy != "no" and eval_dataset is None:
             raise InputError(f"eval_strategy {args.eval_strategy!r} needs an eval_dataset")
         self.state, self.control = TrainerState(), TrainerControl()
-        writers = [LogFileCallback()] + ([ProgressCallback()] if args.progress else [])
-        self.callbacks = CallbackHandler([*_best(args), FlowCallback(), *(callbacks or []), *writers])
+        deciders = [FlowCallback()] if args.eval_strategy == "no" else [BestMetricCallback(), FlowCallback()]
+        writers = [LogFileCallback(), ProgressCallback()] if args.progress else [LogFileCallback()]
+        self.callbacks = CallbackHandler([*deciders, *(callbacks or []), *writers])
         self.output_dir = Path(args.output_dir)
         self.report: RunReport | None = None
         self._runner = StepRunner(model)
@@ -114,7 +116,7 @@ class Trainer:
         Raises:
             InputError: nothing to train on, ``output_dir`` not empty, or a checkpoint that does not fit.
             NonFiniteLossError: the loss became NaN or infinite.
-            TrainingInterrupted: Ctrl-C; a checkpoint of the last step was written, unless ``save_strategy="no"``.
+            TrainingInterrupted: Ctrl-C; the last step has a checkpoint, unless ``save_strategy="no"``.
         """
         args = self.args
         wanted = args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
@@ -152,8 +154,8 @@ class Trainer:
         )
         self.state.max_steps, self.state.num_train_epochs = total, math.ceil(total / self._steps_per_epoch)
         self._schedule: Schedule = get_schedule(args.lr_scheduler_type, args.get_warmup_steps(total), total)
-        self._rows_since_log, self._last_log = 0, time.perf_counter()
-        self._rows, self._started = 0, time.perf_counter()
+        self._rows = self._rows_logged = 0
+        self._started = self._last_log = time.perf_counter()
         if resume is None:
             remove_checkpoints(list_checkpoints(self.output_dir))  # of the run that is being overwritten
         else:
@@ -189,7 +191,7 @@ class Trainer:
                 model_inputs(batch), state.global_step + 1, self._learning_rate, update, 1.0 / len(group)
             )
             losses.append(loss)
-            self._rows_since_log += int(real_rows(batch).sum())
+            self._rows += int(real_rows(batch).sum())
             if not update:
                 self._call("on_substep_end")
         self._book(sum(losses) / len(losses))
@@ -208,13 +210,13 @@ class Trainer:
         if self.args.stop_on_nonfinite_loss:
             raise NonFiniteLossError(
                 f"{message}: lower the learning rate or max_grad_norm, or look for broken rows; "
-                f"the weights are those before this step{_last_checkpoint(self.output_dir)}"
+                f"the weights are those before this step{how_to_resume(self.output_dir)}"
             )
         state.skipped_updates += 1
         logger.warning("%s: this update is left out", message)
 
     def _act(self) -> None:
-        """Do what the callbacks asked for. Logging comes first and saving last, so that a checkpoint knows all."""
+        """Do what the callbacks asked for; saving comes last, so that a checkpoint knows all."""
         control = self.control
         if control.should_log:
             control.should_log = False
@@ -235,10 +237,9 @@ class Trainer:
             "loss": sum(state.unlogged_losses) / len(state.unlogged_losses),
             "learning_rate": self._learning_rate,
             "grad_norm": self._norm,
-            "samples_per_second": round(self._rows_since_log / (now - self._last_log), 1),
+            "samples_per_second": round((self._rows - self._rows_logged) / (now - self._last_log), 1),
         }
-        self._rows += self._rows_since_log
-        state.unlogged_losses, self._rows_since_log, self._last_log = [], 0, now
+        state.unlogged_losses, self._rows_logged, self._last_log = [], self._rows, now
         self.log(logs)
 
     def log(self, logs: dict[str, Any]) -> None:
@@ -284,7 +285,7 @@ class Trainer:
     # --- files
 
     def save_model(self, output_dir: str | None = None) -> Path | None:
-        """Write the model's (adapter's) files and the tokenizer's; returns the folder, or None without files."""
+        """Write the files of model (adapter) and tokenizer; returns the folder, None without files."""
         folder = self.output_dir if output_dir is None else Path(output_dir)
         if not hasattr(self.model, "save_pretrained"):
             logger.warning("%s has no save_pretrained: nothing saved", type(self.model).__name__)
@@ -322,7 +323,7 @@ class Trainer:
             self._save_checkpoint()
         raise TrainingInterrupted(
             f"stopped after step {self.state.global_step} of {self.state.max_steps}"
-            f"{_last_checkpoint(self.output_dir)}"
+            f"{how_to_resume(self.output_dir)}"
         )
 
     def _finish(self) -> TrainOutput:
@@ -334,8 +335,7 @@ class Trainer:
         save_curves(self.output_dir / CURVES_FILE, state.log_history)
         self.report = self._make_report(saved_to)
         self.report.print()
-        counted = max(1, state.global_step - state.skipped_updates)
-        loss = state.total_loss / counted
+        loss = state.total_loss / max(1, state.global_step - state.skipped_updates)
         metrics = {
             "train_loss": loss,
             "train_runtime": round(time.perf_counter() - self._started, 3),
@@ -347,10 +347,9 @@ class Trainer:
         return TrainOutput(state.global_step, loss, metrics)
 
     def _make_report(self, saved_to: Path | None) -> RunReport:
-        state, clock = self.state, self._runner.train_clock
-        calls = sum(len(times) for times in clock.seconds.values())
-        median = clock.median_seconds
-        rows_per_call = (self._rows + self._rows_since_log) / max(1, calls)
+        state, runner = self.state, self._runner
+        median = runner.train_clock.median_seconds
+        rows_per_call = self._rows / max(1, runner.train_clock.calls)
         best = None
         if state.best_metric is not None:
             best = f"{self.args.metric_for_best_model} {state.best_metric:.4f} (step {state.best_step})"
@@ -359,8 +358,8 @@ class Trainer:
             trainable_parameters=trainable,
             total_parameters=total,
             peak_memory_bytes=peak_memory_bytes(),
-            graphs_compiled=self._runner.graphs,
-            compile_seconds=self._runner.compile_seconds,
+            graphs_compiled=runner.graphs,
+            compile_seconds=runner.compile_seconds,
             median_step_seconds=None if median is None else median * self.args.gradient_accumulation_steps,
             samples_per_second=None if median is None else rows_per_call / median,
             best_metric=best,
@@ -396,15 +395,3 @@ def _groups(batches: Batches, size: int) -> Iterator[list[Batch]]:
     iterator = iter(batches)
     while group := list(islice(iterator, size)):
         yield group
-
-
-def _best(args: TrainingArguments) -> list[TrainerCallback]:
-    return [BestMetricCallback()] if args.eval_strategy != "no" else []
-
-
-def _last_checkpoint(output_dir: Path) -> str:
-    """How to resume, as the end of a sentence."""
-    checkpoints = list_checkpoints(output_dir)
-    if not checkpoints:
-        return "; no checkpoint was written"
-    return f"; last complete checkpoint: {checkpoints[-1]}; resume with resume_from_checkpoint: true"
