@@ -42,6 +42,11 @@ class BatchEncoding(dict):
         """For each token of row ``batch_index``: the index of its word; None for a special token."""
         return self._encodings[batch_index].word_ids
 
+    @property
+    def truncated(self) -> int:
+        """How many rows lost tokens to ``max_length``."""
+        return sum(bool(encoding.overflowing) for encoding in self._encodings)
+
 
 class Tokenizer:
     """A tokenizer with the interface and the output of transformers' fast tokenizers.
