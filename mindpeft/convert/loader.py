@@ -89,10 +89,12 @@ def load_weights(
     places = parameter_places(cell)
     chosen, unused = _assign(checkpoint, places, rename, [re.compile(text) for text in ignore_unexpected])
     misfits = {
-        name for name, source in chosen.items() if _shape(places[name]) != checkpoint.info(source).shape
+        name: source
+        for name, source in chosen.items()
+        if _shape(places[name]) != checkpoint.info(source).shape
     }
     if misfits and not ignore_mismatched_sizes:
-        raise InputError(_describe_misfits(checkpoint, {name: chosen[name] for name in misfits}, places))
+        raise InputError(_describe_misfits(checkpoint, misfits, places))
     chosen = {name: source for name, source in chosen.items() if name not in misfits}
     _check_dtypes(checkpoint, chosen, places)
 

@@ -252,7 +252,7 @@ def test_report_is_short(checkpoint):
     assert lines[2].endswith("and 12 more")
 
 
-def test_names_with_the_nearest_error_limit(checkpoint):
+def test_an_error_shows_the_first_misfits(checkpoint):
     cell = Leaf(**{f"w{i}": (2,) for i in range(8)})
     with pytest.raises(InputError, match=r"and 3 more$"):
         load_weights(cell, checkpoint({f"w{i}": np.ones(3, np.float32) for i in range(8)}))
