@@ -17,7 +17,7 @@ from pathlib import Path
 
 SKIPPED_FOLDERS = {"test", "tests", "__pycache__", "_bundled"}
 SENTENCE_END = re.compile(r"(?<! e\.g\.)(?<! i\.e\.)(?<=[.!?])\s+(?=[A-Z])")
-SIGNATURE = re.compile(r"\W*[\w.]+\([^)]*\)\s*(->|:|--|\n|$)")
+SIGNATURE = re.compile(r"\W*[\w.]+\([^)]*\)\s*(->[^\n]*|:|--|\n|$)")
 NO_PROSE = re.compile(r"->|==|::|>>>|\.\.\.|https?:|[{}<>\\|@]|__\w+__|\w=\w|\s[-=*+/]\s|:$")
 WORDS = range(4, 41)
 

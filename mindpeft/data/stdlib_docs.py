@@ -1,4 +1,4 @@
-"""The data set of the quickstart: what a piece of Python's standard library is about, told from its docstring.
+"""The data set of the quickstart: which topic a piece of Python's standard library belongs to.
 
 Built at run time from the running Python, so there is nothing to download. A text is the first sentence of a
 docstring, its label the topic of the module, after the chapters of the Python library reference.
@@ -18,7 +18,8 @@ from mindpeft.errors import InputError
 # topic -> (modules with source, extension modules); a module that a Python version lacks is passed over
 TOPICS = {
     "networking": (
-        "socket ssl select selectors socketserver http urllib ftplib poplib imaplib smtplib ipaddress xmlrpc wsgiref",
+        "socket ssl selectors socketserver http urllib ftplib poplib imaplib smtplib ipaddress xmlrpc "
+        "wsgiref",
         "_socket _ssl select",
     ),
     "concurrency": (

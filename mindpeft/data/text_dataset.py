@@ -120,18 +120,20 @@ def build_text_dataset(
     for column in (text_column, text_pair_column, label_column):
         if column is not None:
             table.require(column)
-    label_map, label_of = None, None
+    read = _words if task == "token_classification" else _text
+    texts = [read(table, row, text_column) for row in table.rows]
+    pairs: list[str | None] = [None] * len(texts)
+    if text_pair_column is not None:
+        pairs = [_text(table, row, text_pair_column) for row in table.rows]
+    label_map, targets = None, [None] * len(texts)
     if label_column is not None:
         label_map, label_of = _label_reader(table, label_column, task, labels, label_separator)
+        targets = [label_of(row) for row in table.rows]
     examples = []
-    for row in table.rows:
-        words = task == "token_classification"
-        text = (_words if words else _text)(table, row, text_column)
-        pair = None if text_pair_column is None else _text(table, row, text_pair_column)
-        label = None if label_of is None else label_of(row)
-        if words and label is not None and len(label) != len(text):
-            raise table.error(row, f"{len(text)} words but {len(label)} tags in {label_column!r}")
-        examples.append(TextExample(text, pair, label, row.line))
+    for row, text, pair, target in zip(table.rows, texts, pairs, targets, strict=True):
+        if isinstance(target, list) and isinstance(text, list) and len(target) != len(text):
+            raise table.error(row, f"{len(text)} words but {len(target)} tags in {label_column!r}")
+        examples.append(TextExample(text, pair, target, row.line))
     return TextDataset(examples, task, label_map, table.source)
 
 
