@@ -35,6 +35,7 @@ packages = find_packages(include=["mindpeft", "mindpeft.*"])
 setup(
     packages=[*packages, "mindpeft.models"],
     package_dir={"mindpeft": "mindpeft", "mindpeft.models": "models"},
+    package_data={"mindpeft.cli": ["*.yaml"]},  # the quickstart's recipe
     install_requires=RUNTIME,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["mindpeft=mindpeft.cli.main:main"]},

@@ -1,0 +1,5 @@
+"""``python -m mindpeft``."""
+
+from mindpeft.cli.main import main
+
+main()

@@ -1,0 +1,131 @@
+"""``mindpeft info``: what a checkpoint or an adapter is, without loading it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from mindpeft.console import out
+from mindpeft.errors import InputError
+
+if TYPE_CHECKING:
+    from mindpeft.convert.checkpoint import Checkpoint
+
+_ADAPTER_CONFIG = "adapter_config.json"
+_MODEL_CONFIG = "config.json"
+_LABELS_SHOWN = 20
+_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
+_METHOD_KEYS = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "modules_to_save")
+
+
+def info(
+    path: Annotated[Path | None, typer.Argument(help="A checkpoint, an adapter or a run.")] = None,
+    env: Annotated[bool, typer.Option("--env", help="Versions and devices of this machine.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+) -> None:
+    """Tell what a checkpoint or an adapter is: architecture, parameters, dtype, method, targets, size.
+
+    \b
+    Examples:
+      mindpeft info bert-base
+      mindpeft info my-run --json
+      mindpeft info --env
+    """
+    if (path is None) == (not env):
+        raise InputError("give a path, or --env")
+    facts = _environment() if env else _describe(path)
+    if as_json:
+        out.print(json.dumps(facts, ensure_ascii=False), markup=False, soft_wrap=True)
+        return
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name.replace("_", " "), _words(value))
+    out.print(table, markup=False)
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, list):
+        more = f" and {len(value) - _LABELS_SHOWN} more" if len(value) > _LABELS_SHOWN else ""
+        return ", ".join(str(item) for item in value[:_LABELS_SHOWN]) + more
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _environment() -> dict[str, Any]:
+    from importlib.metadata import version
+
+    from mindpeft.device import device_report
+
+    return {"mindpeft": version("mindpeft"), **device_report()}
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise InputError(f"no such file or folder: {path}")
+    if (path / _ADAPTER_CONFIG).is_file():
+        return _describe_adapter(path)
+    return _describe_checkpoint(path)
+
+
+def _describe_checkpoint(path: Path) -> dict[str, Any]:
+    from mindpeft.convert.checkpoint import open_checkpoint
+    from mindpeft.files import read_json
+
+    facts: dict[str, Any] = {"kind": "checkpoint", "path": str(path)}
+    config = read_json(path / _MODEL_CONFIG) if (path / _MODEL_CONFIG).is_file() else {}
+    if not isinstance(config, dict):
+        raise InputError(f"{path / _MODEL_CONFIG} must hold a JSON object")
+    facts |= {
+        key: config[key] for key in ("model_type", "architectures", *_SIZES) if config.get(key) is not None
+    }
+    with open_checkpoint(path) as checkpoint:
+        facts |= _tensors(checkpoint)
+    if isinstance(config.get("id2label"), dict):
+        facts["labels"] = list(config["id2label"].values())
+    return facts
+
+
+def _describe_adapter(path: Path) -> dict[str, Any]:
+    from mindpeft.adapter_files import WEIGHT_NAMES
+    from mindpeft.config import PeftConfig
+    from mindpeft.convert.checkpoint import open_checkpoint
+    from mindpeft.data.label_map import LabelMap
+
+    values = PeftConfig.from_pretrained(path).to_dict()
+    facts = {
+        "kind": "adapter",
+        "path": str(path),
+        "method": values["peft_type"],
+        "task_type": values["task_type"],
+        "base_model": values["base_model_name_or_path"],
+        "target_modules": values.get("target_modules"),
+    }
+    facts |= {key: values[key] for key in _METHOD_KEYS if key in values}
+    weights = next((path / name for name in WEIGHT_NAMES if (path / name).is_file()), None)
+    if weights is None:
+        raise InputError(f"{path} holds no adapter weights: neither {' nor '.join(WEIGHT_NAMES)} is there")
+    with open_checkpoint(weights) as checkpoint:
+        facts |= _tensors(checkpoint)
+    if (path / "labels.json").is_file():
+        facts["labels"] = list(LabelMap.load(path / "labels.json").names)
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def _tensors(checkpoint: Checkpoint) -> dict[str, Any]:
+    counts: Counter[str] = Counter()
+    for name in checkpoint.names():
+        tensor = checkpoint.info(name)
+        counts[tensor.dtype] += tensor.size
+    return {
+        "parameters": checkpoint.parameters,
+        "tensors": len(checkpoint),
+        "dtype": ", ".join(dtype for dtype, _ in counts.most_common()),
+        "size_mib": round(checkpoint.total_bytes / 2**20, 1),
+        "files": [file.name for file in checkpoint.files],
+    }

