@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from mindpeft.errors import InputError, did_you_mean
@@ -76,7 +77,7 @@ class LabelMap:
         """Id -> name."""
         return dict(enumerate(self.names))
 
-    @property
+    @cached_property
     def label2id(self) -> dict[str, int]:
         """Name -> id."""
         return {name: index for index, name in enumerate(self.names)}

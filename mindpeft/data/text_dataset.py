@@ -189,10 +189,11 @@ def _label_reader(
         label_map = labels if isinstance(labels, LabelMap) else LabelMap.from_names(labels)
 
     def label_of(row: Row) -> int | list[float] | list[int]:
+        names = parse(row)
         try:
-            ids = [label_map.id_of(name) for name in parse(row)]
+            ids = [label_map.id_of(name) for name in names]
         except InputError as error:
-            raise error if error.args[0].startswith(table.source) else table.error(row, str(error)) from error
+            raise table.error(row, str(error)) from error
         if task == "single_label_classification":
             return ids[0]
         if task == "token_classification":

@@ -11,7 +11,7 @@ WORDS = """
 wait until a socket is ready for reading café naïve Ångström Straße İstanbul ﬁne ½ x² e\u0301 don't
 state-of-the-art C++ __init__ self.x[0]+=1 http://a.b/c?d=e#f user@host 3.14159 1,000,000 $5 €7 # @ ~ ^ | \\
 人工智能 模型 训练 我爱北京 天安门 ， 。 「引号」 한국어 日本語 カタカナ Привет мир ελληνικά עברית العربية
-हिन्दी ग
+हिन्दी
 🙂 👩‍👩‍👧 🇨🇳 ❤️ \u200b \ufeff \u00ad \u3000 \u00a0 \t pneumonoultramicroscopicsilicovolcanoconiosis
 """.replace("\n", " ")
 
