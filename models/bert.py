@@ -12,9 +12,10 @@ from mindspore import Tensor, ops
 from mindpeft.errors import InputError
 from mindpeft.models.config import PretrainedConfig
 from mindpeft.models.pretrained import PreTrainedModel
-from mindpeft.nn import Embedding, LayerNorm, Linear
+from mindpeft.nn import Embedding, LayerNorm, Linear, empty_parameter
 from mindpeft.ops.activations import activation, tanh
 from mindpeft.ops.attention import AdditiveMask, Attention, MergeHeads, SplitHeads
+from mindpeft.ops.checks import check_length
 from mindpeft.ops.losses import classification_loss, cross_entropy
 
 
@@ -43,11 +44,9 @@ class BertConfig(PretrainedConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.hidden_size % self.num_attention_heads:
-            raise InputError(
-                f"hidden_size {self.hidden_size} is no multiple of "
-                f"num_attention_heads {self.num_attention_heads}"
-            )
+        heads = self.num_attention_heads
+        if self.hidden_size % heads:
+            raise InputError(f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {heads}")
         if self.position_embedding_type != "absolute":
             raise InputError(f"position_embedding_type {self.position_embedding_type!r} is not 'absolute'")
         for key in ("is_decoder", "add_cross_attention"):
@@ -72,6 +71,7 @@ class BertEmbeddings(nn.Cell):
         words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length = words.shape[:2]
         if position_ids is None:
+            length = check_length(length, self.positions.shape[0])
             position_ids = ops.tile(self.positions[:length].reshape((1, length)), (batch, 1))
         if token_type_ids is None:
             token_type_ids = ops.zeros((batch, length), ms.int32)
@@ -220,9 +220,8 @@ class BertModel(BertPreTrainedModel):
             output_hidden_states a third entry, the tuple of hidden states before and after each layer.
         """
         hidden = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
-        mask = None
-        if attention_mask is not None:
-            mask = self.additive_mask(attention_mask, hidden.shape[1], hidden.dtype)
+        length = hidden.shape[1]
+        mask = None if attention_mask is None else self.additive_mask(attention_mask, length, hidden.dtype)
         states = self.encoder(hidden, mask)
         pooled = None if self.pooler is None else self.pooler(states[-1])
         if output_hidden_states:
@@ -348,7 +347,8 @@ class BertLMPredictionHead(nn.Cell):
         super().__init__()
         self.transform = BertPredictionHeadTransform(config)
         self.decoder = Linear(config.hidden_size, config.vocab_size)
-        self.bias = self.decoder.bias  # one parameter under both names, as in the checkpoints
+        # Tied: one parameter under both names. Untied, transformers keeps a bias that it never uses.
+        self.bias = self.decoder.bias if config.tie_word_embeddings else empty_parameter((config.vocab_size,))
 
     def construct(self, hidden):
         return self.decoder(self.transform(hidden))

@@ -9,8 +9,28 @@ from mindspore import Tensor, ops
 from mindpeft.nn.parameter import empty_parameter
 
 
+class _HoldBack(nn.Cell):
+    """``rows`` unchanged, with no gradient to those of one id; nothing to pay unless ``rows`` are trained."""
+
+    def __init__(self, held: int):
+        super().__init__()
+        self.held = held
+        self.tile = ops.Tile()
+
+    def construct(self, rows, ids):
+        return rows
+
+    def bprop(self, rows, ids, out, dout):
+        passes = (ids != self.held).astype(dout.dtype).reshape((*ids.shape, 1))
+        every_column = (*(1 for _ in ids.shape), rows.shape[-1])
+        return dout * self.tile(passes, every_column), ops.zeros_like(ids)
+
+
 class Embedding(nn.Cell):
-    """Rows of ``weight`` (num_embeddings, embedding_dim), looked up by integer ids."""
+    """Rows of ``weight`` (num_embeddings, embedding_dim), looked up by integer ids.
+
+    As in PyTorch, training leaves the row ``padding_idx`` as it is.
+    """
 
     def __init__(
         self,
@@ -24,6 +44,8 @@ class Embedding(nn.Cell):
         self.embedding_dim = embedding_dim
         self.padding_idx = padding_idx
         self.weight = empty_parameter((num_embeddings, embedding_dim), dtype)
+        self.hold_back = None if padding_idx is None else _HoldBack(padding_idx)
 
     def construct(self, ids: Tensor) -> Tensor:
-        return ops.gather(self.weight, ids, 0)
+        rows = ops.gather(self.weight, ids, 0)
+        return rows if self.hold_back is None else self.hold_back(rows, ids)

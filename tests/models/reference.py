@@ -71,20 +71,30 @@ def make_batch(batch: int = 3, length: int = 11, seed: int = 1, padded: bool = T
     }
 
 
-def run_ours(model: ms.nn.Cell, **columns: np.ndarray | None) -> Any:
-    """Call our model with arrays by keyword."""
-    return model(**{name: None if value is None else Tensor(value) for name, value in columns.items()})
-
-
-def run_theirs(model: torch.nn.Module, **columns: np.ndarray | None) -> Any:
-    """Call the model of transformers with arrays by keyword; integers become int64, as torch wants them."""
-    tensors = {name: None if value is None else torch.tensor(value) for name, value in columns.items()}
+def run_ours(model: ms.nn.Cell, **arguments: Any) -> Any:
+    """Call our model by keyword; arrays become tensors."""
     return model(
         **{
-            name: value.long() if value is not None and value.dtype == torch.int32 else value
-            for name, value in tensors.items()
+            name: Tensor(value) if isinstance(value, np.ndarray) else value
+            for name, value in arguments.items()
         }
     )
+
+
+def run_theirs(model: torch.nn.Module, **arguments: Any) -> Any:
+    """Call the model of transformers by keyword; arrays become tensors (integers int64)."""
+    return model(
+        **{
+            name: to_torch(value) if isinstance(value, np.ndarray) else value
+            for name, value in arguments.items()
+        }
+    )
+
+
+def to_torch(value: np.ndarray) -> torch.Tensor:
+    """The torch tensor of an array."""
+    tensor = torch.tensor(value)
+    return tensor.long() if tensor.dtype == torch.int32 else tensor
 
 
 def to_numpy(value: Any) -> np.ndarray:

@@ -10,7 +10,13 @@ from mindpeft.errors import InputError
 from mindpeft.models import AutoConfig, AutoModel, AutoModelForSequenceClassification
 from mindpeft.models.bert import BertConfig
 
-TINY = {"model_type": "bert", "vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+TINY = {
+    "model_type": "bert",
+    "vocab_size": 20,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 
 
 def write(folder, **values):
@@ -59,11 +65,17 @@ BAD_FILES = {
     "null for a number": ({"vocab_size": None}, ["vocab_size must be an integer, not None"]),
     "number for a name": ({"hidden_act": 3}, ["hidden_act must be a text, not 3"]),
     "not a number": ({"layer_norm_eps": float("nan")}, ["layer_norm_eps must be a finite number, not nan"]),
-    "text for true": ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings must be true or false, not 'yes'"]),
+    "text for true": (
+        {"tie_word_embeddings": "yes"},
+        ["tie_word_embeddings must be true or false, not 'yes'"],
+    ),
     "no heads": ({"num_attention_heads": 0}, ["num_attention_heads must be at least 1, not 0"]),
     "negative size": ({"intermediate_size": -4}, ["intermediate_size must be at least 1, not -4"]),
     "odd heads": ({"num_attention_heads": 3}, ["hidden_size 8 is no multiple of num_attention_heads 3"]),
-    "rate": ({"hidden_dropout_prob": 1.5}, ["hidden_dropout_prob must be at least 0 and less than 1, not 1.5"]),
+    "rate": (
+        {"hidden_dropout_prob": 1.5},
+        ["hidden_dropout_prob must be at least 0 and less than 1, not 1.5"],
+    ),
     "padding": ({"pad_token_id": 20}, ["pad_token_id must be at least 0 and less than 20, not 20"]),
     "positions": ({"position_embedding_type": "relative_key"}, ["position_embedding_type 'relative_key'"]),
     "decoder": ({"is_decoder": True}, ["is_decoder is true"]),
@@ -107,8 +119,8 @@ def test_bad_folders_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"has no config\.json"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path)
     file = tmp_path / "config.json"
+    file.write_text("{")
     with pytest.raises(InputError, match="is a file"):
-        file.write_text("{")
         AutoConfig.from_pretrained(file)
     with pytest.raises(InputError, match=r"config\.json"):
         AutoConfig.from_pretrained(tmp_path)
