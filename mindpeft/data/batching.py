@@ -82,10 +82,9 @@ class BucketBatcher:
         self._columns = _Columns(features, pad_token_id)
         self._lengths = [len(row["input_ids"]) for row in features]
         if buckets is None:
-            self.buckets = choose_buckets(
-                self._lengths, batch_size, max_buckets=max_buckets, max_length=max_length
-            )
-        self.buckets = check_buckets(self.buckets if buckets is None else buckets, max(self._lengths))
+            limits = {"max_buckets": max_buckets, "max_length": max_length}
+            buckets = choose_buckets(self._lengths, batch_size, **limits)
+        self.buckets = check_buckets(buckets, max(self._lengths))
         self.batch_size, self._shuffle, self._seed, self._drop_last = batch_size, shuffle, seed, drop_last
         self._transform = transform
         self.set_epoch(0)
