@@ -19,7 +19,6 @@ from mindpeft.errors import InputError, did_you_mean
 from mindpeft.models.config import PretrainedConfig, read_config
 from mindpeft.nn import LayerNorm
 
-FLOATS = (ms.float64, ms.float32, ms.float16, ms.bfloat16)
 DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
 
 
@@ -99,11 +98,13 @@ class PreTrainedModel(nn.Cell):
             names: the parameters to fill; None for all.
         """
         std = getattr(self.config, "initializer_range", 0.02)
+        done: set[int] = set()  # a tied parameter is filled where it stands first
         for path, cell in self.cells_and_names():
             for leaf, parameter in cell.parameters_and_names(expand=False):
                 name = f"{path}.{leaf}" if path else leaf
-                if names is not None and name not in names:
+                if id(parameter) in done or (names is not None and name not in names):
                     continue
+                done.add(id(parameter))
                 value = np.zeros(parameter.shape, np.float32)
                 if leaf == "weight" and isinstance(cell, LayerNorm):
                     value[:] = 1.0
@@ -125,12 +126,25 @@ class PreTrainedModel(nn.Cell):
         """
         target = None if dtype is None else _dtype(dtype, {})
         tensors = [
-            (name, LazyTensor.from_parameter(parameter, target if parameter.dtype in FLOATS else None))
+            (
+                name,
+                LazyTensor.from_parameter(parameter, target if parameter.dtype in DTYPES.values() else None),
+            )
             for name, parameter in self.parameters_and_names()
         ]
         save_checkpoint(folder, tensors, max_shard_size=max_shard_size)
         self.config.extra["architectures"] = [type(self).__name__]
+        self._note_dtype(target)
         self.config.save_pretrained(folder)
+
+    def _note_dtype(self, written: ms.Type | None) -> None:
+        """Let the configuration name the dtype of the file: the one asked for, or the widest parameter's."""
+        if written is None:
+            held = {parameter.dtype for parameter in self.get_parameters()}
+            written = next(dtype for dtype in DTYPES.values() if dtype in held)
+        name = next(name for name, dtype in DTYPES.items() if dtype == written)
+        keys = self.config.extra.keys() & {"dtype", "torch_dtype"} or {"dtype"}
+        self.config.extra.update(dict.fromkeys(keys, name))
 
 
 def _dtype(name: str, config: dict[str, Any]) -> ms.Type:
