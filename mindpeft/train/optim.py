@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, ParameterTuple, Tensor, mint, nn, ops
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from mindpeft.errors import InputError
 
@@ -43,7 +43,7 @@ def flatten(tensors: Iterable[Tensor]) -> Tensor:
     pieces = ()
     for tensor in tensors:
         pieces = (*pieces, ops.reshape(tensor, (-1,)).astype(ms.float32))
-    return mint.cat(pieces)
+    return ops.cat(pieces)
 
 
 class AdamW(nn.Cell):
@@ -108,8 +108,8 @@ class AdamW(nn.Cell):
         exp_avg_sq = self.exp_avg_sq * self.beta2 + gradient * gradient * (1.0 - self.beta2)
         ops.assign(self.exp_avg, exp_avg)
         ops.assign(self.exp_avg_sq, exp_avg_sq)
-        change = self.divide(exp_avg * step_size, mint.sqrt(exp_avg_sq) * root_scale + self.eps)
-        pieces = mint.split(change, self.sizes)
+        change = self.divide(exp_avg * step_size, ops.sqrt(exp_avg_sq) * root_scale + self.eps)
+        pieces = ops.split(change, self.sizes)
         for i in range(len(self.sizes)):
             self.apply_change(i, ops.reshape(pieces[i], self.shapes[i]), learning_rate)
 
