@@ -59,7 +59,7 @@ for _command in (quickstart, train, evaluate, predict, merge, convert, info, mod
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit; ``argv`` as in ``sys.argv[1:]``."""
-    os.environ.setdefault("GLOG_v", "3")  # MindSpore's warnings are not for the user
+    os.environ.setdefault("GLOG_v", "4")  # what matters in MindSpore's log comes as an exception too
     app(argv)
 
 

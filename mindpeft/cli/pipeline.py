@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mindpeft.cli.datasets import Splits, load_splits, to_features
 from mindpeft.cli.model_loading import check_max_length, head_of_task, load_model
 from mindpeft.cli.run_folder import LABELS_FILE, METRICS_FILE, RECIPE_FILE
+from mindpeft.console import logger
 from mindpeft.data.batching import BucketBatcher
 from mindpeft.data.encoding import Features
 from mindpeft.data.masking import TokenMasker
@@ -22,6 +23,9 @@ from mindpeft.peft_model import PeftModel, get_peft_model
 from mindpeft.recipe import Recipe
 from mindpeft.train import Trainer, TrainerCallback, TrainingArguments
 from mindpeft.train.checkpoints import find_checkpoint
+
+if TYPE_CHECKING:
+    from mindpeft.models.pretrained import PreTrainedModel
 
 Metrics = dict[str, dict[str, Any]]
 
@@ -118,7 +122,26 @@ def _build_model(recipe: Recipe, splits: Splits, folder: Path) -> PeftModel:
     model = load_model(
         folder, head_of_task(task), label_map=splits.label_map, task=task, dtype=recipe.model.dtype
     )
-    return get_peft_model(model, recipe.peft_config())
+    config = recipe.peft_config()
+    saved = config.modules_to_save or []
+    missing = [
+        cell for cell in _fresh_cells(model) if cell.rpartition(".")[2] not in saved and cell not in saved
+    ]
+    if missing:  # random, so nobody could use the adapter without them
+        logger.info("not in the checkpoint, so trained and saved whole: %s", ", ".join(missing))
+        config.modules_to_save = [*saved, *missing]
+    return get_peft_model(model, config)
+
+
+def _fresh_cells(model: PreTrainedModel) -> list[str]:
+    """The cells of which the checkpoint held nothing."""
+    fresh = set(model.load_report.newly_initialised)
+    names = {id(parameter): name for name, parameter in model.parameters_and_names()}
+    cells = dict(model.cells_and_names())
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in model.load_report.newly_initialised)
+    return [
+        path for path in owners if all(names[id(value)] in fresh for value in cells[path].get_parameters())
+    ]
 
 
 def _masked(
