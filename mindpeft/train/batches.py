@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Protocol
 
 import mindspore.dataset
 import numpy as np
 
-from mindpeft.data.batching import BucketBatcher
+from mindpeft.data.batching import IGNORE_INDEX, BucketBatcher
+from mindpeft.data.mindspore_source import features_from_mindspore
 from mindpeft.errors import InputError
 
 Batch = dict[str, np.ndarray]
@@ -49,7 +50,7 @@ def make_batches(
     if hasattr(dataset, "set_epoch") and hasattr(dataset, "__iter__"):
         return dataset
     if isinstance(dataset, mindspore.dataset.Dataset):
-        dataset = _rows(dataset)
+        dataset = features_from_mindspore(dataset)
     if not isinstance(dataset, Sequence) or not all(isinstance(row, dict) for row in dataset):
         raise InputError(
             f"a data set must be a list of feature dicts, a batcher or a mindspore.dataset.Dataset, "
@@ -66,39 +67,27 @@ def make_batches(
     )
 
 
-def _rows(dataset: mindspore.dataset.Dataset) -> list[dict[str, Any]]:
-    """All rows of a MindSpore data set; batches are taken apart, to be shuffled and bucketed."""
-    rows: list[dict[str, Any]] = []
-    for item in dataset.create_dict_iterator(num_epochs=1, output_numpy=True):
-        if "input_ids" in item and item["input_ids"].ndim == 2:
-            count = len(item["input_ids"])
-            rows += [{name: _plain(column[i]) for name, column in item.items()} for i in range(count)]
-        else:
-            rows.append({name: _plain(column) for name, column in item.items()})
-    return rows
-
-
-def _plain(value: np.ndarray) -> Any:
-    """A scalar column (of shape () or (1,)) as a Python number."""
-    return value.reshape(-1)[0].item() if value.size == 1 and value.ndim <= 1 else value
-
-
-def model_inputs(batch: Batch) -> Batch:
+def model_inputs(batch: Batch, accepted: Collection[str]) -> Batch:
     """The model's columns, in order of name; rows that only fill up the batch don't count.
 
-    Integer labels of such a row are -100, which losses leave out. Floats have no such value, so the row
-    itself is cut off (one more shape to compile, at most).
+    Integer labels of such a row are -100, which losses leave out. Floats have no such value: there the model
+    is given ``example_mask`` if it takes one, else the row is cut off (one more shape to compile, at most).
+
+    Args:
+        batch: as a batcher gives it.
+        accepted: the names of the model's arguments.
     """
     inputs = {name: batch[name] for name in sorted(batch) if name not in _NOT_INPUTS}
-    mask = batch.get("example_mask")
-    labels = inputs.get("labels")
-    if mask is None or labels is None or mask.all():
+    mask, labels = batch.get("example_mask"), inputs.get("labels")
+    if mask is None or labels is None:
         return inputs
-    if np.issubdtype(labels.dtype, np.floating):
-        return {name: column[mask > 0] for name, column in inputs.items()}
-    row_mask = mask.reshape(-1, *[1] * (labels.ndim - 1))
-    inputs["labels"] = np.where(row_mask > 0, labels, -100).astype(labels.dtype)
-    return inputs
+    if not np.issubdtype(labels.dtype, np.floating):
+        counts = mask.reshape(-1, *[1] * (labels.ndim - 1)) > 0
+        inputs["labels"] = np.where(counts, labels, IGNORE_INDEX).astype(labels.dtype)
+        return inputs
+    if "example_mask" in accepted:
+        return inputs | {"example_mask": mask}
+    return {name: column[mask > 0] for name, column in inputs.items()}
 
 
 def real_rows(batch: Batch) -> np.ndarray:

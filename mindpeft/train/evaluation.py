@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from mindspore import nn
 
-from mindpeft.train.batches import Batch, Batches, model_inputs, real_rows
-from mindpeft.train.metrics import IGNORE_INDEX, METRICS, EvalPrediction, Metrics, perplexity, problem_of
+from mindpeft.data.batching import IGNORE_INDEX
+from mindpeft.train.batches import Batch, Batches, real_rows
+from mindpeft.train.metrics import METRICS, EvalPrediction, Metrics, perplexity, problem_of
 from mindpeft.train.runner import StepRunner
 
 ComputeMetrics = Callable[[EvalPrediction], Metrics]
@@ -84,8 +85,7 @@ def _collect(
     found: _Collected, runner: StepRunner, batch: Batch, loss_only: bool, whole_logits: bool, shift: bool
 ) -> None:
     rows = real_rows(batch)
-    inputs = model_inputs(batch)
-    loss, logits = runner.evaluate(inputs)
+    loss, logits = runner.evaluate(batch)
     labels = batch["labels"][rows] if "labels" in batch else None
     if loss is not None:
         weight = _loss_weight(labels, logits.shape, shift)

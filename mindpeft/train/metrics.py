@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mindpeft.data.batching import IGNORE_INDEX
 from mindpeft.errors import InputError, did_you_mean
 
-IGNORE_INDEX = -100
 Metrics = dict[str, float]
 
 

@@ -12,9 +12,9 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from mindpeft.errors import InputError
-from mindpeft.train.batches import Batch
+from mindpeft.train.batches import Batch, model_inputs
 from mindpeft.train.optim import AdamW
-from mindpeft.train.step import EvalStep, TrainStep
+from mindpeft.train.step import EvalStep, TrainStep, accepted_arguments
 
 
 class CompileClock:
@@ -69,6 +69,7 @@ class StepRunner:
         max_grad_norm: float = 1.0,
     ):
         self.model = model
+        self.accepted = accepted_arguments(model)
         self.optimizer = optimizer
         self.accumulation_steps = accumulation_steps
         self.max_grad_norm = max_grad_norm
@@ -79,13 +80,14 @@ class StepRunner:
         self._eval_steps: dict[tuple[str, ...], EvalStep] = {}
 
     def train(
-        self, inputs: Batch, step: int, learning_rate: float, update: bool = True, share: float = 1.0
+        self, batch: Batch, step: int, learning_rate: float, update: bool = True, share: float = 1.0
     ) -> tuple[float, float]:
         """Run one micro-batch and return its loss and the gradient's norm; see ``TrainStep.construct``.
 
         Raises:
             InputError: the batch has other columns than the first one.
         """
+        inputs = model_inputs(batch, self.accepted)
         columns = tuple(inputs)
         if self._train_step is None:
             self._train_columns = columns
@@ -107,8 +109,9 @@ class StepRunner:
 
         return self.train_clock.call(_key(inputs), run)
 
-    def evaluate(self, inputs: Batch) -> tuple[float | None, np.ndarray]:
+    def evaluate(self, batch: Batch) -> tuple[float | None, np.ndarray]:
         """Run one batch and return its loss (None without labels) and its logits."""
+        inputs = model_inputs(batch, self.accepted)
         columns = tuple(inputs)
         if columns not in self._eval_steps:
             self._eval_steps[columns] = EvalStep(self.model, columns)

@@ -5,12 +5,22 @@ from __future__ import annotations
 import inspect
 
 import mindspore as ms
-from mindspore import Tensor, mint, nn, ops
+from mindspore import Tensor, nn, ops
 
 from mindpeft.errors import InputError, did_you_mean
 from mindpeft.train.optim import AdamW, flatten
 
 _CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
+
+
+def accepted_arguments(model: nn.Cell) -> list[str]:
+    """The names of the arguments that ``model`` takes; those of the model inside for a ``PeftModel``."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return [
+        name
+        for name, parameter in inspect.signature(base.construct).parameters.items()
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
 
 
 def argument_positions(model: nn.Cell, columns: tuple[str, ...]) -> tuple[int, ...]:
@@ -21,16 +31,11 @@ def argument_positions(model: nn.Cell, columns: tuple[str, ...]) -> tuple[int, .
     Raises:
         InputError: a column is no argument of the model.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    accepted = [
-        name
-        for name, parameter in inspect.signature(base.construct).parameters.items()
-        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-    ]
+    accepted = accepted_arguments(model)
     for column in columns:
         if column not in accepted:
             raise InputError(
-                f"the batch has a column {column!r} that {type(base).__name__} does not take: "
+                f"the batch has a column {column!r} that {type(model).__name__} does not take: "
                 f"it takes {', '.join(accepted)}{did_you_mean(column, accepted)}"
             )
     return tuple(columns.index(name) if name in columns else -1 for name in accepted)
@@ -115,11 +120,11 @@ class TrainStep(nn.Cell):
         return loss, norm
 
     def apply(self, gradient: Tensor, learning_rate: Tensor, step_size: Tensor, root_scale: Tensor) -> Tensor:
-        norm = mint.sqrt(mint.sum(gradient * gradient))
+        norm = ops.sqrt(ops.sum(gradient * gradient))
         if ops.isfinite(norm):
             if self.max_grad_norm > 0:
                 factor = self.divide(ops.ones_like(norm) * self.max_grad_norm, norm + _CLIP_EPS)
-                gradient = gradient * mint.clamp(factor, max=1.0)
+                gradient = gradient * ops.minimum(factor, 1.0)
             self.optimizer(gradient, learning_rate, step_size, root_scale)
         return norm
 

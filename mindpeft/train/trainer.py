@@ -16,7 +16,7 @@ from mindpeft.console import logger
 from mindpeft.device import setup_device
 from mindpeft.errors import InputError
 from mindpeft.train.arguments import TrainingArguments
-from mindpeft.train.batches import Batch, Batches, make_batches, model_inputs, real_rows
+from mindpeft.train.batches import Batch, Batches, make_batches, real_rows
 from mindpeft.train.callbacks import (
     BestMetricCallback,
     CallbackHandler,
@@ -188,7 +188,7 @@ class Trainer:
         for number, batch in enumerate(group, start=1):
             update = number == len(group)
             loss, self._norm = self._runner.train(
-                model_inputs(batch), state.global_step + 1, self._learning_rate, update, 1.0 / len(group)
+                batch, state.global_step + 1, self._learning_rate, update, 1.0 / len(group)
             )
             losses.append(loss)
             self._rows += int(real_rows(batch).sum())
