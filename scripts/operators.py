@@ -1,9 +1,9 @@
-"""List the operators of the graphs that mindpeft compiles for an accelerator, with the devices MindSpore documents.
+"""List the operators of the graphs compiled for an accelerator, with the devices MindSpore documents.
 
     python scripts/operators.py > docs/operators.md
 
-Compiles, on the CPU, the training step and the inference graph of a small BERT with LoRA and every task head, with
-the compositions for accelerators chosen, and reads the operators' names from MindSpore's own dump of the graphs.
+Compiles, on the CPU, the training step and the inference graph of a small BERT with LoRA and every task head,
+with the compositions for accelerators chosen, and reads the operators' names from MindSpore's own dump.
 """
 
 from __future__ import annotations
@@ -75,7 +75,16 @@ def operators_in(folder: Path) -> list[str]:
     for path in folder.glob("*_validate_*.ir"):
         text = path.read_text()
         names.update(re.findall(r"= (?:\$\([^)]*\):)?(?:PrimFunc_)?([A-Z]\w*)\(", text))
-    bookkeeping = {"Load", "UpdateState", "MakeTuple", "TupleGetItem", "Depend", "Return", "Partial", "Switch"}
+    bookkeeping = {
+        "Load",
+        "UpdateState",
+        "MakeTuple",
+        "TupleGetItem",
+        "Depend",
+        "Return",
+        "Partial",
+        "Switch",
+    }
     return sorted(name for name in names - bookkeeping if not name.startswith("Func"))
 
 
@@ -84,7 +93,9 @@ def documented(name: str) -> tuple[str, str]:
     stem = re.sub(r"(Grad(V\d)?|Backward)$", "", name)
     snake = re.sub(r"(?<!^)(?=[A-Z])", "_", stem).lower()
     for public in (FORMS.get(name), FORMS.get(stem), snake, stem):
-        platforms = re.search(r"Supported Platforms:\s*\n\s*(.+)", getattr(ops, public or "", None).__doc__ or "")
+        platforms = re.search(
+            r"Supported Platforms:\s*\n\s*(.+)", getattr(ops, public or "", None).__doc__ or ""
+        )
         if platforms:
             devices = ", ".join(re.findall(r"``(\w+)``", platforms.group(1)))
             return f"ops.{public}" + (" (its gradient)" if stem != name else ""), devices

@@ -2,8 +2,8 @@
 
     python scripts/bench/accuracy.py BANKING77_FOLDER [--seeds 42 43]
 
-The folder holds train.csv and test.csv. mindpeft runs ``scripts/recipes/banking77.yaml`` through its command line;
-the peer runs the same settings in a plain loop. Needs the test extra.
+The folder holds train.csv and test.csv. mindpeft runs ``scripts/recipes/banking77.yaml`` through its command
+line; the peer runs the same settings in a plain loop. Needs the test extra.
 """
 
 from __future__ import annotations

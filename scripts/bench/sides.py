@@ -1,4 +1,4 @@
-"""Two processes that take turns: the way the benchmarks here compare mindpeft with a peer on one noisy machine."""
+"""Two processes that take turns: how the benchmarks compare mindpeft with a peer on a noisy machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One LoRA training step in mindpeft and in torch + peft: seconds, peak memory, compile time, and their ratios.
+"""One LoRA training step in mindpeft and in torch + peft: seconds, peak memory, compile time, ratios.
 
     python scripts/bench/train_step.py                  # BERT-base 8 x 128 and MiniLM 32 x 64
     python scripts/bench/train_step.py --shape bert-base --steps 20
@@ -114,9 +114,16 @@ def compare(shape: str, steps: int, threads: int) -> None:
             [__file__, "--side", "mindpeft", *common], [__file__, "--side", "torch", *common], steps, threads
         )
     rows, length = SHAPES[shape]
-    print(f"\n{shape}, batch {rows} x {length}, LoRA r=8 on query and value, fp32, {threads} threads, {steps} steps")
+    print(
+        f"\n{shape}, batch {rows} x {length}, LoRA r=8 on query and value, fp32, "
+        f"{threads} threads, {steps} steps"
+    )
     print(f"{'':24}{'mindpeft':>12}{'torch + peft':>14}{'ratio':>8}")
-    for label, key in (("median step, s", "step"), ("fastest step, s", "fastest"), ("peak memory, GB", "memory")):
+    for label, key in (
+        ("median step, s", "step"),
+        ("fastest step, s", "fastest"),
+        ("peak memory, GB", "memory"),
+    ):
         print(f"{label:24}{ours[key]:12.3f}{peer[key]:14.3f}{ours[key] / peer[key]:8.2f}")
     print(f"{'first step, s':24}{ours['first']:12.3f}{peer['first']:14.3f}")
     print(f"{'compile, s':24}{ours['first'] - ours['step']:12.3f}{'-':>14}")
@@ -124,7 +131,9 @@ def compare(shape: str, steps: int, threads: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
