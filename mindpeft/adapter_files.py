@@ -9,73 +9,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-import mindspore as ms
 import numpy as np
-from mindspore import nn
 
 from mindpeft.config import PeftConfig
 from mindpeft.convert.checkpoint import open_checkpoint
 from mindpeft.convert.safetensors_file import write_safetensors
 from mindpeft.convert.tensors import RawTensor
 from mindpeft.errors import InputError
+from mindpeft.parameters import Place
 
 PREFIX = "base_model.model."
 WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")  # in PEFT's order
 _BASE_LAYER = "base_layer"
 # PEFT's own wrapper of a saved cell, whose parameters leak into the file with bias="all".
 _STRAY_HOLDERS = ("original_module", "modules_to_save")
-
-# MindSpore's classic cells name parameters differently from torch.
-CLASSIC_NAMES = {
-    "gamma": "weight",
-    "beta": "bias",
-    "embedding_table": "weight",
-    "moving_mean": "running_mean",
-    "moving_variance": "running_var",
-}
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a parameter of the base model lives: MindSpore may replace the object, never its place."""
-
-    cell: nn.Cell
-    attribute: str
-
-    @property
-    def parameter(self) -> ms.Parameter:
-        """The parameter that is there now."""
-        return getattr(self.cell, self.attribute)
-
-    @property
-    def is_statistic(self) -> bool:
-        """Whether this is a running statistic, which no gradient reaches."""
-        return self.attribute.startswith("moving_")
-
-    def read(self) -> np.ndarray:
-        """A copy of the value on the host."""
-        return self.parameter.asnumpy().copy()
-
-    def write(self, value: np.ndarray) -> None:
-        """Set the value, which is rounded to the parameter's dtype."""
-        self.parameter.set_data(ms.Tensor(value))
-
-
-def base_places(model: nn.Cell) -> dict[str, Place]:
-    """Every parameter of a bare model by its Hugging Face name; a tied one occurs under each of its names."""
-    places = {}
-    for path, cell in model.cells_and_names():
-        for attribute, parameter in cell.parameters_and_names(expand=False):
-            if parameter is None:
-                continue
-            attribute = attribute.rsplit(".", 1)[-1]
-            leaf = CLASSIC_NAMES.get(attribute, attribute)
-            leaf = attribute if hasattr(cell, leaf) and leaf != attribute else leaf
-            places[f"{path}.{leaf}" if path else leaf] = Place(cell, attribute)
-    return places
 
 
 def own_name(name: str, wrapped: Iterable[str]) -> str:

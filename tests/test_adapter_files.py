@@ -14,8 +14,9 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 
 from mindpeft import LoraConfig, PeftModel, get_peft_model
-from mindpeft.adapter_files import base_name, base_places, is_stray, own_name, read_tensors
+from mindpeft.adapter_files import base_name, is_stray, own_name, read_tensors
 from mindpeft.errors import InputError
+from mindpeft.parameters import base_places
 
 WEIGHTS = "adapter_model.safetensors"
 QUERY = "base_model.model.encoder.layer.0.attention.self.query"

@@ -13,6 +13,7 @@ from mindspore import Tensor, nn
 
 from mindpeft import LoraConfig, PeftModel, get_peft_model
 from mindpeft.errors import InputError
+from mindpeft.parameters import base_places
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +90,63 @@ def test_a_compiled_graph_is_not_stale_after_a_slot_grew(twins):
     np.testing.assert_allclose(large[1], large[0], atol=1e-6)
     ms.set_context(mode=ms.PYNATIVE_MODE)
     np.testing.assert_allclose(twins.logits(model), large[0], atol=1e-5)
+
+
+def test_jit_functions_see_every_change(twins):
+    model = get_peft_model(twins.make_model(), config(r=2))
+    model.add_adapter("same", config(r=2))
+
+    @ms.jit
+    def run(ids):
+        return model(ids)
+
+    ids = Tensor(twins.IDS)
+    for name, options in (
+        ("default", None),
+        ("same", None),
+        ("large", {"r": 9}),
+        ("wide", {"target_modules": ["dense"]}),
+    ):
+        if options:
+            model.add_adapter(name, config(**options))
+        model.set_adapter(name)
+        np.testing.assert_allclose(run(ids).asnumpy(), twins.logits(model), atol=1e-6)
+    model.set_adapter("default")
+    np.testing.assert_allclose(run(ids).asnumpy(), twins.logits(model), atol=1e-6)
+    model.merge_adapter()
+    np.testing.assert_allclose(run(ids).asnumpy(), twins.logits(model), atol=1e-6)
+    with model.disable_adapter():
+        np.testing.assert_allclose(run(ids).asnumpy(), twins.logits(twins.make_model()), atol=1e-6)
+
+
+class Tied(nn.Cell):
+    """A head that shares the embedding's matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(6, 4)
+        self.query = nn.Dense(4, 4)
+        self.head = nn.Dense(4, 6, has_bias=False)
+        self.head.weight = self.words.embedding_table
+
+    def construct(self, ids):
+        return self.head(self.query(self.words(ids)))
+
+
+def test_a_saved_head_is_untied_from_the_embedding():
+    base, ids = Tied(), Tensor([[1, 2]], ms.int32)
+    before = base(ids).asnumpy()
+    model = get_peft_model(base, config(target_modules=["query"], modules_to_save=["head"]))
+    assert model.get_nb_trainable_parameters() == (64 + 24, 24 + 20 + 64 + 24)
+    words = base.words.embedding_table.asnumpy().copy()
+    base.head.weight.set_data(Tensor(words + 1))
+    np.testing.assert_array_equal(base.words.embedding_table.asnumpy(), words)
+    assert not np.array_equal(model(ids).asnumpy(), before)
+    with model.disable_adapter():
+        np.testing.assert_array_equal(model(ids).asnumpy(), before)
+    bare = model.unload()
+    assert bare.head.weight is bare.words.embedding_table
+    np.testing.assert_array_equal(bare(ids).asnumpy(), before)
 
 
 def test_reserved_room_needs_no_new_graph(twins):
@@ -244,8 +302,6 @@ def test_merged_weights_equal_pefts(twins, tmp_path):
     theirs.save_pretrained(tmp_path)
     state = theirs.merge_and_unload().state_dict()
     bare = PeftModel.from_pretrained(twins.make_model(), tmp_path).merge_and_unload()
-    from mindpeft.adapter_files import base_places
-
     for name, place in base_places(bare).items():
         np.testing.assert_allclose(place.read(), state[name].numpy(), atol=1e-5, err_msg=name)
 

@@ -15,7 +15,7 @@ import torch
 from mindspore import mint, nn, ops
 from transformers.pytorch_utils import Conv1D as TorchConv1D
 
-from mindpeft.adapter_files import base_places
+from mindpeft.parameters import base_places
 
 VOCABULARY, WIDTH, INNER, LABELS, LAYERS = 23, 16, 24, 3, 3
 CONFIG = {"model_type": "bert", "hidden_size": WIDTH, "vocab_size": VOCABULARY}

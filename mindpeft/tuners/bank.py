@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
+import mindspore as ms
 import numpy as np
 from mindspore import nn
 from mindspore.nn import cell as cell_module
 
-from mindpeft.adapter_files import Place, own_name, sort_tensors, stray_names
+from mindpeft.adapter_files import own_name, sort_tensors, stray_names
 from mindpeft.config import PeftConfig
 from mindpeft.errors import InputError, did_you_mean
+from mindpeft.parameters import Place
 from mindpeft.tuners.base import Tensors, TunerLayer, slot_dtype
 from mindpeft.tuners.plan import BaseModel, Plan
 
@@ -61,6 +63,7 @@ class AdapterBank:
         self.active: str | None = None
         self.merged: list[str] = []
         self._unmerged: list[tuple[Place, np.ndarray]] = []
+        self._tied: list[tuple[Place, ms.Parameter]] = []
         self._enabled = True
 
     def plan(self, config: PeftConfig) -> Plan:
@@ -95,6 +98,7 @@ class AdapterBank:
             for parameter in self.base.model.get_parameters():
                 parameter.requires_grad = False
         self._make_room(plan, slot_rank)
+        self._untie(plan)
         for key in adapter.overrides:
             self.own.setdefault(key, self.base.places[key].read())
         self.adapters[name] = adapter
@@ -118,6 +122,16 @@ class AdapterBank:
             changed |= self.layers[path].reserve(layer_class.tensor_shapes(cell, roomy, path))
         if changed:
             forget_compiled_graphs()
+
+    def _untie(self, plan: Plan) -> None:
+        """Give saved cells parameters of their own where others share them (a head tied to an embedding)."""
+        shared = {id(place.parameter) for key, place in self.base.places.items() if key not in plan.copies}
+        for key in plan.copies:
+            place = self.base.places[key]
+            if id(place.parameter) in shared:
+                own = ms.Parameter(place.parameter.copy(), name=key, requires_grad=False)
+                self._tied.append((place, place.put(own)))
+                forget_compiled_graphs()
 
     def _wrap(self, path: str, layer: TunerLayer) -> None:
         layer.set_train(self.base.cells[path].training)
@@ -159,6 +173,8 @@ class AdapterBank:
         """
         if not keep_values:
             self._show(None)
+            for place, parameter in self._tied:
+                place.put(parameter)
         for path in self.layers:
             self._replace(path, self.base.cells[path])
         self.layers.clear()
@@ -328,26 +344,13 @@ class AdapterBank:
 
     def count(self) -> tuple[int, int]:
         """(trainable, all) numbers of parameters, as PEFT counts: saved cells are copies beside the base."""
-        base = {
-            id(place.parameter): place.parameter.size
-            for place in self.base.places.values()
-            if not place.is_statistic
-        }
-        everything = sum(base.values())
+        everything = self.base.size
         for adapter in self.adapters.values():
-            everything += self._own_size(adapter) + self._override_size(adapter.plan.copies)
+            everything += _size(adapter) + self.base.count(adapter.plan.copies)
         active = self.adapters.get(self.active)
         if active is None or not active.trainable:
             return 0, everything
-        return self._own_size(active) + self._override_size(active.plan.trained), everything
-
-    @staticmethod
-    def _own_size(adapter: Adapter) -> int:
-        return sum(value.size for values in adapter.layers.values() for value in values.values())
-
-    def _override_size(self, keys: Any) -> int:
-        places = [self.base.places[key] for key in keys if not self.base.places[key].is_statistic]
-        return sum({id(place.parameter): place.parameter.size for place in places}.values())
+        return _size(active) + self.base.count(active.plan.trained), everything
 
     def _require(self, name: str) -> None:
         if name not in self.adapters:
@@ -363,11 +366,19 @@ class AdapterBank:
             )
 
 
+def _size(adapter: Adapter) -> int:
+    """How many numbers an adapter's own tensors hold."""
+    return sum(value.size for values in adapter.layers.values() for value in values.values())
+
+
 def forget_compiled_graphs() -> None:
-    """Make every cell compile anew at its next call.
+    """Make every cell and every ``mindspore.jit`` function compile anew at its next call.
 
     MindSpore's cache key leaves out a cell's structure and its parameters' shapes: after a change of either
     it would run the old graph and give wrong results in silence. A change of *values* needs none of this.
     """
-    for graphs in cell_module.cells_compile_cache.values():
+    # The module that keeps the caches moved between MindSpore's versions; the executor's class moved with it.
+    api = sys.modules[type(cell_module._cell_graph_executor).__module__]
+    api.ms_compile_cache.clear()
+    for graphs in api.cells_compile_cache.values():
         graphs.clear()

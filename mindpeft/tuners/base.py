@@ -15,6 +15,7 @@ import numpy as np
 from mindspore import nn
 
 from mindpeft.errors import InputError
+from mindpeft.parameters import assign
 
 Tensors = dict[str, np.ndarray]  # tensor name -> value on the host, in the adapter's true shape
 Shapes = dict[str, tuple[int, ...]]
@@ -119,18 +120,15 @@ class TunerLayer(nn.Cell):
             shape = wanted if present is None else tuple(map(max, present, wanted))
             if shape == present:
                 continue
-            value = np.zeros(shape, np.float32)
-            if present is None:
-                self._create(name, value)
-            else:
-                kept = self.slot(name).asnumpy()
-                value[tuple(map(slice, present))] = kept
-                self.slot(name).set_data(ms.Tensor(value, self.slot_dtype), slice_shape=True)
+            # A new parameter: one whose shape was changed keeps the old shape in MindSpore's depths.
+            earlier = None if present is None else self.slot(name)
+            value = padded(None if earlier is None else earlier.asnumpy(), shape)
+            self._create(name, value, earlier is not None and earlier.requires_grad)
             self.slot_shapes[name] = shape
             changed = True
         return changed
 
-    def _create(self, name: str, value: np.ndarray) -> None:
+    def _create(self, name: str, value: np.ndarray, trainable: bool) -> None:
         *holders, leaf = name.split(".")
         cell: nn.Cell = self
         for holder in holders:
@@ -138,7 +136,7 @@ class TunerLayer(nn.Cell):
                 setattr(cell, holder, Slot(auto_prefix=False))
             cell = cell.name_cells()[holder]
         tensor = ms.Tensor(value, self.slot_dtype)
-        setattr(cell, leaf, ms.Parameter(tensor, name=f"{self.path}.{name}", requires_grad=False))
+        setattr(cell, leaf, ms.Parameter(tensor, name=f"{self.path}.{name}", requires_grad=trainable))
 
     def slot(self, name: str) -> ms.Parameter:
         """The slot's parameter of that name."""
@@ -152,7 +150,7 @@ class TunerLayer(nn.Cell):
         for name, shape in self.slot_shapes.items():
             value = tensors.get(name)
             parameter = self.slot(name)
-            parameter.set_data(ms.Tensor(padded(value, shape), self.slot_dtype))
+            assign(parameter, padded(value, shape))
             parameter.requires_grad = trainable and value is not None
 
     def read(self, shapes: Shapes) -> Tensors:
@@ -162,7 +160,7 @@ class TunerLayer(nn.Cell):
 
     def set_scaling(self, value: float) -> None:
         """Set the factor of the slot's contribution; 0 switches the layer off."""
-        self.scaling.set_data(ms.Tensor(value, self.slot_dtype))
+        assign(self.scaling, np.array(value, np.float32))
 
 
 def padded(value: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:

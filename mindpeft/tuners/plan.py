@@ -9,9 +9,9 @@ from typing import Any
 
 from mindspore import nn
 
-from mindpeft.adapter_files import Place, base_places
 from mindpeft.config import PeftConfig
 from mindpeft.errors import InputError
+from mindpeft.parameters import Place, base_places
 from mindpeft.targets import find_targets, output_head_names, resolve_targets, saved_modules
 from mindpeft.tuners.base import Shapes, TunerLayer, is_linear
 
@@ -49,6 +49,12 @@ class BaseModel:
         self.model = model
         self.cells: dict[str, nn.Cell] = {name: cell for name, cell in model.cells_and_names() if name}
         self.places: dict[str, Place] = base_places(model)
+        self.size = self.count(self.places)
+
+    def count(self, names: Collection[str]) -> int:
+        """How many numbers these parameters hold; tied ones count once, running statistics don't."""
+        places = [self.places[name] for name in names if not self.places[name].is_statistic]
+        return sum({id(place.parameter): place.parameter.size for place in places}.values())
 
     def plan(self, config: PeftConfig, wrapped: Mapping[str, TunerLayer]) -> Plan:
         """Work out what a config means for this model.
