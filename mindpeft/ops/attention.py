@@ -122,7 +122,8 @@ class AdditiveMask(nn.Cell):
         elif mask.ndim == 3:
             mask = mask.reshape((mask.shape[0], 1, mask.shape[1], mask.shape[2]))
         if not additive:
-            lowest = -65504.0 if dtype == ms.float16 else -3.3895314e38
+            # Half of float16's range: the whole, plus a negative score, would be -inf, and a row of it NaN.
+            lowest = -32752.0 if dtype == ms.float16 else -3.3895314e38
             mask = (1.0 - mask.astype(ms.float32)) * lowest
         mask = mask.astype(dtype)
         if self.expand:  # once here, rather than a broadcast that keeps its buffers in every layer

@@ -58,7 +58,13 @@ def open_ours(head: str, folder: Path, **options: Any) -> ms.nn.Cell:
     return getattr(models, HEADS[head]).from_pretrained(folder, **options)
 
 
-def make_batch(batch: int = 3, length: int = 11, seed: int = 1, padded: bool = True) -> dict[str, np.ndarray]:
+def make_batch(
+    batch: int = 3,
+    length: int = 11,
+    seed: int = 1,
+    padded: bool = True,
+    types: int = SIZES["type_vocab_size"],
+) -> dict[str, np.ndarray]:
     """Token ids with padding at the ends of all rows but the first, and token types."""
     rng = np.random.default_rng(seed)
     lengths = np.maximum(1, length - 3 * np.arange(batch)) if padded else np.full(batch, length)
@@ -67,7 +73,7 @@ def make_batch(batch: int = 3, length: int = 11, seed: int = 1, padded: bool = T
     return {
         "input_ids": ids * mask,
         "attention_mask": mask,
-        "token_type_ids": rng.integers(0, SIZES["type_vocab_size"], (batch, length)).astype(np.int32),
+        "token_type_ids": rng.integers(0, types, (batch, length)).astype(np.int32),
     }
 
 
