@@ -16,7 +16,7 @@ from mindpeft.nn import Embedding, LayerNorm, Linear, empty_parameter
 from mindpeft.ops.activations import activation, tanh
 from mindpeft.ops.attention import AdditiveMask, Attention, MergeHeads, SplitHeads
 from mindpeft.ops.checks import check_length
-from mindpeft.ops.losses import classification_loss, cross_entropy
+from mindpeft.ops.losses import classification_loss, cross_entropy, span_loss
 
 
 @dataclass
@@ -269,62 +269,55 @@ class BertForSequenceClassification(BertPreTrainedModel):
         return classification_loss(logits, labels, self.config.problem_type, example_mask), logits
 
 
-class BertForTokenClassification(BertPreTrainedModel):
-    """A class for each token."""
+class BertTokenModel(BertPreTrainedModel):
+    """What the models with an output for each token share; they define ``scores`` and ``loss``."""
 
     def __init__(self, config: BertConfig):
         super().__init__(config)
         self.bert = BertModel(config, add_pooling_layer=False)
+
+    def construct(
+        self,
+        input_ids,
+        attention_mask=None,
+        token_type_ids=None,
+        position_ids=None,
+        labels=None,
+        inputs_embeds=None,
+    ):
+        """Return logits, or ``(loss, logits)`` with labels; the inputs are those of :class:`BertModel`."""
+        hidden = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)[0]
+        logits = self.scores(hidden)
+        return logits if labels is None else (self.loss(logits, labels), logits)
+
+    def loss(self, logits, labels):
+        return cross_entropy(logits, labels)
+
+
+class BertForTokenClassification(BertTokenModel):
+    """A class for each token: logits (batch, length, num_labels), labels (batch, length), -100 left out."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__(config)
         self.dropout = _head_dropout(config)
         self.classifier = Linear(config.hidden_size, config.num_labels)
 
-    def construct(
-        self,
-        input_ids,
-        attention_mask=None,
-        token_type_ids=None,
-        position_ids=None,
-        labels=None,
-        inputs_embeds=None,
-    ):
-        """Return logits (batch, length, num_labels), or ``(loss, logits)`` with labels (batch, length)."""
-        hidden = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)[0]
-        logits = self.classifier(self.dropout(hidden))
-        return logits if labels is None else (cross_entropy(logits, labels), logits)
+    def scores(self, hidden):
+        return self.classifier(self.dropout(hidden))
 
 
-class BertForQuestionAnswering(BertPreTrainedModel):
-    """The first and the last token of the answer in the context."""
+class BertForQuestionAnswering(BertTokenModel):
+    """First and last token of an answer: logits (batch, length, 2), labels (batch, 2), the two positions."""
 
     def __init__(self, config: BertConfig):
         super().__init__(config)
-        self.bert = BertModel(config, add_pooling_layer=False)
         self.qa_outputs = Linear(config.hidden_size, 2)
 
-    def construct(
-        self,
-        input_ids,
-        attention_mask=None,
-        token_type_ids=None,
-        position_ids=None,
-        labels=None,
-        inputs_embeds=None,
-    ):
-        """Return logits (batch, length, 2) for start and end, or ``(loss, logits)``.
+    def scores(self, hidden):
+        return self.qa_outputs(hidden)
 
-        Args:
-            labels: (batch, 2), the start and end positions; one outside the text or negative is left out.
-        """
-        hidden = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)[0]
-        logits = self.qa_outputs(hidden)
-        if labels is None:
-            return logits
-        length = logits.shape[1]
-        inside = ops.logical_and(labels >= 0, labels < length)
-        labels = ops.where(inside, labels, ops.full_like(labels, -100))
-        start = cross_entropy(logits[:, :, 0], labels[:, 0])
-        end = cross_entropy(logits[:, :, 1], labels[:, 1])
-        return (start + end) * 0.5, logits
+    def loss(self, logits, labels):
+        return span_loss(logits, labels)
 
 
 class BertPredictionHeadTransform(nn.Cell):
@@ -365,29 +358,17 @@ class BertOnlyMLMHead(nn.Cell):
         return self.predictions(hidden)
 
 
-class BertForMaskedLM(BertPreTrainedModel):
-    """The masked tokens of a text."""
+class BertForMaskedLM(BertTokenModel):
+    """Masked tokens: logits (batch, length, vocab_size), labels (batch, length), -100 left out."""
 
     def __init__(self, config: BertConfig):
         super().__init__(config)
-        self.bert = BertModel(config, add_pooling_layer=False)
         self.cls = BertOnlyMLMHead(config)
         if config.tie_word_embeddings:
             self.cls.predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
 
-    def construct(
-        self,
-        input_ids,
-        attention_mask=None,
-        token_type_ids=None,
-        position_ids=None,
-        labels=None,
-        inputs_embeds=None,
-    ):
-        """Return logits (batch, length, vocab), or ``(loss, logits)`` with labels (batch, length)."""
-        hidden = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)[0]
-        logits = self.cls(hidden)
-        return logits if labels is None else (cross_entropy(logits, labels), logits)
+    def scores(self, hidden):
+        return self.cls(hidden)
 
 
 HEADS = {

@@ -26,6 +26,19 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return -(chosen * counted).sum() / ops.maximum(counted.sum(), 1.0)
 
 
+def span_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean of the cross-entropies of a span's first and last position.
+
+    Args:
+        logits: (batch, length, 2).
+        labels: (batch, 2) integers; a position that is negative or not below length is left out.
+    """
+    inside = ops.logical_and(labels >= 0, labels < logits.shape[1])
+    labels = ops.where(inside, labels, ops.full_like(labels, IGNORED_LABEL))
+    first = cross_entropy(logits[:, :, 0], labels[:, 0])
+    return (first + cross_entropy(logits[:, :, 1], labels[:, 1])) * 0.5
+
+
 def classification_loss(
     logits: Tensor, labels: Tensor, problem_type: str | None = None, example_mask: Tensor | None = None
 ) -> Tensor:
