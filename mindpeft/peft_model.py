@@ -103,7 +103,8 @@ class PeftModel(nn.Cell):
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, slot_rank: int | None = None) -> None:
         """Add a fresh adapter; it does not become the active one.
 
-        Graphs are compiled anew only if a cell is wrapped for the first time or a slot must grow.
+        Graphs are compiled anew only if a cell is wrapped for the first time or a slot must grow. A slot that
+        grows gets new parameters, so make the optimizer after that.
 
         Args:
             adapter_name: a new name.
