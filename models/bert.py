@@ -370,6 +370,10 @@ class BertForMaskedLM(BertTokenModel):
     def scores(self, hidden):
         return self.cls(hidden)
 
+    def get_output_embeddings(self) -> nn.Cell:
+        """Return the projection to the vocabulary, which ``target_modules="all-linear"`` leaves out."""
+        return self.cls.predictions.decoder
+
 
 HEADS = {
     "AutoModel": BertModel,

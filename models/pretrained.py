@@ -46,6 +46,7 @@ class PreTrainedModel(nn.Cell):
         """Return a model with fresh random weights, drawn from NumPy's generator (``mindspore.set_seed``)."""
         model = cls(config)
         model.init_weights()
+        model.set_train(False)  # also names the compile phase: a Cell is born in that of training
         return model
 
     @classmethod
