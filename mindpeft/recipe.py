@@ -126,10 +126,12 @@ class DataSection:
             raise InputError("data needs either train, a file, or builtin, an embedded data set")
         if self.builtin is not None and (self.eval or self.test):
             raise InputError("data.builtin brings its own held-out part: leave out data.eval and data.test")
-        _check_range("data.eval_share", self.eval_share, 0 < (self.eval_share or 0.5) < 1, "between 0 and 1")
-        _check_range("data.max_length", self.max_length, (self.max_length or 1) >= 1, "at least 1")
-        inside = 0 < self.mask_probability < 1
-        _check_range("data.mask_probability", self.mask_probability, inside, "between 0 and 1")
+        for name in ("eval_share", "mask_probability"):
+            share = getattr(self, name)
+            if share is not None and not 0 < share < 1:
+                raise InputError(f"data.{name} must be between 0 and 1, not {share!r}")
+        if self.max_length is not None and self.max_length < 1:
+            raise InputError(f"data.max_length must be at least 1, not {self.max_length}")
         for name in ("train", "eval", "test"):
             if getattr(self, name) is not None:
                 setattr(self, name, absolute(getattr(self, name)))
@@ -377,11 +379,6 @@ def _check_choice(path: str, value: str, choices: Iterable[str]) -> None:
         raise InputError(
             f"{path} must be one of {', '.join(choices)}, not {value!r}{did_you_mean(value, choices)}"
         )
-
-
-def _check_range(path: str, value: Any, is_right: bool, words: str) -> None:
-    if value is not None and not is_right:
-        raise InputError(f"{path} must be {words}, not {value!r}")
 
 
 def _without_null(value: Any) -> Any:
