@@ -104,10 +104,10 @@ def to_torch(value: np.ndarray) -> torch.Tensor:
 
 
 def to_numpy(value: Any) -> np.ndarray:
-    """A float32 array from a tensor of either side."""
+    """A float32 array from a tensor of either side, or an array itself."""
     if isinstance(value, torch.Tensor):
         return value.detach().float().numpy()
-    return value.astype(ms.float32).asnumpy()
+    return value.astype(ms.float32).asnumpy() if isinstance(value, Tensor) else np.asarray(value)
 
 
 def relative_error(found: Any, expected: Any) -> float:

