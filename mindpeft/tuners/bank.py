@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 import mindspore as ms
 import numpy as np
 from mindspore import nn
-from mindspore.nn import cell as cell_module
 
 from mindpeft.adapter_files import own_name, sort_tensors, stray_names
 from mindpeft.config import PeftConfig
@@ -378,7 +377,9 @@ def forget_compiled_graphs() -> None:
     it would run the old graph and give wrong results in silence. A change of *values* needs none of this.
     """
     # The module that keeps the caches moved between MindSpore's versions; the executor's class moved with it.
-    api = sys.modules[type(cell_module._cell_graph_executor).__module__]
+    # A lasting reference to the module of Cell would make every cell complain when the interpreter exits.
+    executor = sys.modules[nn.Cell.__module__]._cell_graph_executor
+    api = sys.modules[type(executor).__module__]
     api.ms_compile_cache.clear()
     for graphs in api.cells_compile_cache.values():
         graphs.clear()
