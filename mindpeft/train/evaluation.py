@@ -91,7 +91,7 @@ def _collect(
         weight = _loss_weight(labels, logits.shape, shift)
         if weight:  # a batch without a label has no loss (0/0)
             found.loss, found.weight = found.loss + loss * weight, found.weight + weight
-        found.problem = problem_of(logits.shape, labels)
+        found.problem = problem_of(logits.shape, batch["labels"])
     if not loss_only:
         logits = logits[rows] if len(logits) == len(rows) else logits
         reduces = found.problem == "token" and not whole_logits
