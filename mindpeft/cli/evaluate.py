@@ -65,11 +65,12 @@ def _dataset(run: Run, path: Path | None, columns: dict[str, str | None]) -> Tex
     from mindpeft.cli.datasets import load_splits, read_like, to_dataset
     from mindpeft.recipe import DataSection
 
+    if path is None and run.data is not None:
+        if run.data.builtin:
+            return load_splits(run.data, seed=0).test
+        path = run.data.test or run.data.eval
     if path is None:
-        if run.data is None or not (run.data.builtin or run.data.test or run.data.eval):
-            raise InputError(f"{run.folder} names no held-out data: give a file with --data")
-        splits = load_splits(run.data, seed=0)
-        return splits.test or splits.eval
+        raise InputError(f"{run.folder} names no held-out data: give a file with --data")
     section = run.data or DataSection(train=str(path), task=run.task)
     section = replace(section, **{key: value for key, value in columns.items() if value is not None})
     return to_dataset(read_like(path, section), section, labels=run.label_map)

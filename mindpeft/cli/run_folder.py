@@ -8,7 +8,10 @@ PEFT opens the folder itself, with the tokenizer's files beside it; ``labels.jso
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +19,7 @@ from typing import TYPE_CHECKING
 from mindpeft.adapter_files import WEIGHT_NAMES
 from mindpeft.cli.model_loading import head_of_adapter, head_of_class, load_model
 from mindpeft.config import CONFIG_NAME, PeftConfig, TaskType
+from mindpeft.console import logger
 from mindpeft.convert.checkpoint import open_checkpoint
 from mindpeft.data.label_map import LabelMap
 from mindpeft.data.tokenization import AutoTokenizer, Tokenizer
@@ -31,6 +35,7 @@ LABELS_FILE = "labels.json"
 RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.json"
 _MODEL_CONFIG = "config.json"
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 _HEAD_WEIGHT = re.compile(r"(^|\.)(classifier|score)\.(\w+\.)*weight$")
 
 
@@ -60,10 +65,8 @@ class Run:
         Raises:
             InputError: neither folder holds one.
         """
-        for folder in (self.folder, self.folder.parent):
-            if (folder / "tokenizer.json").is_file() or (folder / "vocab.txt").is_file():
-                return AutoTokenizer.from_pretrained(folder)
-        return AutoTokenizer.from_pretrained(self.base)
+        own = next(filter(None, (_beside(self.folder, name) for name in _TOKENIZER_FILES)), None)
+        return AutoTokenizer.from_pretrained(self.base if own is None else own.parent)
 
     def require_labels(self, command: str) -> None:
         """Raise InputError unless the model answers with labels or numbers."""
@@ -109,11 +112,23 @@ def _open_adapter(folder: Path, base: str | Path | None, dtype: str) -> Run:
     task = recipe.data.task if recipe else None
     if label_map is None and task != "regression":
         label_map = _numbered_labels(folder)
-    model = load_model(base, head, label_map=label_map, task=task, dtype=dtype)
+    with _without_reports():
+        model = load_model(base, head, label_map=label_map, task=task, dtype=dtype)
     label_map = label_map or _labels_in_config(config.task_type, task, model)
     task = task or _guess_task(config.task_type, model)
     peft_model = PeftModel.from_pretrained(model, folder)
     return Run(folder, base, peft_model, task, label_map, recipe.data if recipe else None)
+
+
+@contextmanager
+def _without_reports() -> Iterator[None]:
+    """The base's load report would call the head fresh that the adapter is about to fill."""
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _open_whole(folder: Path, dtype: str) -> Run:
