@@ -31,7 +31,7 @@ def _graph_mode():
     ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
-def real_batches(folder, count, size=8, length=32):
+def real_batches(folder, count, size=4, length=24):
     """Batches of sentences from docstrings, labelled by topic."""
     table, _ = load_stdlib_docs()
     pairs = [(row.values["text"], row.values["label"]) for row in table.rows]
@@ -123,13 +123,11 @@ def test_minilm_on_real_text(minilm_dir, tmp_path):
     options = {"r": 8, "lora_alpha": 16, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
     theirs = make_peft_model(base, options, noise=0.0)
     theirs.save_pretrained(tmp_path / "start")
-    ours = PeftModel.from_pretrained(
-        AutoModelForSequenceClassification.from_pretrained(tmp_path / "base"),
-        tmp_path / "start",
-        is_trainable=True,
-    )
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    ours = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", **no_dropout)
+    ours = PeftModel.from_pretrained(ours, tmp_path / "start", is_trainable=True)
     batches = list(real_batches(minilm_dir, STEPS))
-    assert_same_training(ours, theirs, batches, tmp_path, max_grad_norm=1.0)
+    assert_same_training(ours, theirs, batches, tmp_path, max_grad_norm=0.5)
 
 
 def test_accumulation_on_a_tiny_model(tmp_path):
