@@ -110,8 +110,8 @@ class Trainer:
 
         Args:
             resume_from_checkpoint: True for the last checkpoint in ``output_dir``, or a checkpoint's folder;
-                default: what the arguments say. The run continues as if it had not been interrupted, but for
-                dropout, whose random stream MindSpore can't restore.
+                default: what the arguments say. Without dropout the run continues as if it had not been
+                interrupted; the random stream of dropout can't be restored.
 
         Raises:
             InputError: nothing to train on, ``output_dir`` not empty, or a checkpoint that does not fit.
@@ -125,7 +125,10 @@ class Trainer:
         if self.train_dataset is None:
             raise InputError("nothing to train on: give the Trainer a train_dataset")
         self._use_device()
-        seed_everything(self.model, args.seed)
+        if seed_everything(self.model, args.seed) and ms.get_context("device_target") == "CPU":
+            logger.warning(
+                "dropout is in use: on the CPU MindSpore does not repeat its masks, whatever the seed"
+            )
         batches = self._make_batches(self.train_dataset, args.per_device_train_batch_size, shuffle=True)
         self._begin(batches, resume)
         with InterruptGuard() as guard:
@@ -365,8 +368,6 @@ class Trainer:
             best_metric=best,
             saved_to=None if saved_to is None else str(saved_to),
         )
-
-    # --- helpers
 
     def _use_device(self) -> None:
         """Set the mode; the device too, if the arguments name one ("auto" keeps what the process uses)."""
