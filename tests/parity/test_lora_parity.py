@@ -133,8 +133,8 @@ def test_what_is_written_here_opens_in_peft(tiny, tmp_path, name):
     theirs = open_in_peft(open_theirs(tiny), tmp_path)
     found, expected = run_ours(ours, **make_batch()), run_theirs(theirs, **make_batch()).logits
     assert reference.absolute_error(found, expected) <= 1e-5
-    fresh = run_theirs(open_theirs(tiny), **make_batch()).logits
-    assert reference.absolute_error(fresh, expected) > 1e-3  # the adapter does something
+    bare = run_theirs(open_theirs(tiny), **make_batch()).logits
+    assert (bare - expected).abs().max() > 1e-3  # the adapter does something
 
 
 @pytest.mark.parametrize("name", OPTIONS)
