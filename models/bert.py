@@ -16,6 +16,7 @@ from mindpeft.nn import Embedding, LayerNorm, Linear, empty_parameter
 from mindpeft.ops.activations import activation, tanh
 from mindpeft.ops.attention import AdditiveMask, Attention, MergeHeads, SplitHeads
 from mindpeft.ops.checks import check_length
+from mindpeft.ops.dropout import dropout
 from mindpeft.ops.losses import classification_loss, cross_entropy, span_loss
 
 
@@ -64,7 +65,7 @@ class BertEmbeddings(nn.Cell):
         self.position_embeddings = Embedding(config.max_position_embeddings, width)
         self.token_type_embeddings = Embedding(config.type_vocab_size, width)
         self.LayerNorm = LayerNorm(width, config.layer_norm_eps)
-        self.dropout = nn.Dropout(p=config.hidden_dropout_prob)
+        self.dropout = dropout(config.hidden_dropout_prob)
         self.positions = Tensor(list(range(config.max_position_embeddings)), ms.int32)
 
     def construct(self, input_ids, token_type_ids=None, position_ids=None, inputs_embeds=None):
@@ -106,7 +107,7 @@ class BertOutput(nn.Cell):
         super().__init__()
         self.dense = Linear(in_features, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.dropout = nn.Dropout(p=config.hidden_dropout_prob)
+        self.dropout = dropout(config.hidden_dropout_prob)
 
     def construct(self, hidden, residual):
         return self.LayerNorm(self.dropout(self.dense(hidden)) + residual)
@@ -229,9 +230,9 @@ class BertModel(BertPreTrainedModel):
         return states[-1], pooled
 
 
-def _head_dropout(config: BertConfig) -> nn.Dropout:
+def _head_dropout(config: BertConfig) -> nn.Cell:
     rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-    return nn.Dropout(p=rate)
+    return dropout(rate)
 
 
 class BertForSequenceClassification(BertPreTrainedModel):

@@ -9,6 +9,7 @@ import mindspore.nn as nn
 from mindspore import Tensor, ops
 
 from mindpeft.ops.device import on_cpu
+from mindpeft.ops.dropout import dropout as dropout_cell
 
 FLOATS = (ms.float32, ms.float16, ms.bfloat16)
 
@@ -77,7 +78,7 @@ class Attention(nn.Cell):
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.mix = ops.BatchMatMul()
         self.softmax = softmax()
-        self.dropout = nn.Dropout(p=dropout)
+        self.dropout = dropout_cell(dropout)
 
     def construct(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """Mix the values.

@@ -90,7 +90,7 @@ class TrainingArguments:
         early_stopping_threshold: what counts as better must be better by more than that.
         stop_on_nonfinite_loss: end the run when the loss is NaN or infinite; else leave that update out.
         prediction_loss_only: evaluate the loss alone and keep no logits.
-        seed: of shuffling and dropout; fixes a run bit by bit, save dropout on the CPU (``train.seeding``).
+        seed: of shuffling and dropout; fixes a run bit by bit.
         resume_from_checkpoint: True for the last checkpoint in ``output_dir``, or a checkpoint's folder.
         max_length: rows are padded to no more than this many tokens.
         max_buckets: most padded lengths, each of which is a compiled graph.

@@ -111,7 +111,7 @@ class Trainer:
         Args:
             resume_from_checkpoint: True for the last checkpoint in ``output_dir``, or a checkpoint's folder;
                 default: what the arguments say. Without dropout the run continues as if it had not been
-                interrupted; the random stream of dropout can't be restored.
+                interrupted; the random stream of dropout begins anew.
 
         Raises:
             InputError: nothing to train on, ``output_dir`` not empty, or a checkpoint that does not fit.
@@ -125,10 +125,7 @@ class Trainer:
         if self.train_dataset is None:
             raise InputError("nothing to train on: give the Trainer a train_dataset")
         self._use_device()
-        if seed_everything(self.model, args.seed) and ms.get_context("device_target") == "CPU":
-            logger.warning(
-                "dropout is in use: on the CPU MindSpore does not repeat its masks, whatever the seed"
-            )
+        seed_everything(self.model, args.seed)
         batches = self._make_batches(self.train_dataset, args.per_device_train_batch_size, shuffle=True)
         self._begin(batches, resume)
         with InterruptGuard() as guard:

@@ -17,6 +17,7 @@ from mindspore import nn, ops
 
 from mindpeft.config import PeftConfig, PeftType, add_task_heads, register_method
 from mindpeft.errors import InputError, did_you_mean
+from mindpeft.ops.dropout import dropout
 from mindpeft.ops.linear import linear
 from mindpeft.targets import pattern_value
 from mindpeft.tuners.base import (
@@ -262,7 +263,7 @@ class LoraLinear(LoraLayer):
     def __init__(self, base_layer: nn.Cell, path: str, shapes: Shapes, dtype: ms.dtype) -> None:
         self.biased = False
         super().__init__(base_layer, path, shapes, dtype)
-        self.dropout = nn.Dropout(p=0.0)
+        self.dropout = dropout(0.0)
 
     @classmethod
     def tensor_shapes(cls, cell: nn.Cell, config: LoraConfig, path: str) -> Shapes:
@@ -298,7 +299,7 @@ class LoraLinear(LoraLayer):
     def configure(self, config: LoraConfig) -> bool:
         changed = self.dropout.p != config.lora_dropout
         if changed:
-            self.dropout = nn.Dropout(p=config.lora_dropout).set_train(self.training)
+            self.dropout = dropout(config.lora_dropout).set_train(self.training)
         return changed
 
     def reserve(self, shapes: Shapes) -> bool:

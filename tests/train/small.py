@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from mindspore import Parameter, Tensor, mint, nn, ops
 
+from mindpeft.ops.dropout import dropout as make_dropout
+
 VOCABULARY, WIDTH, LABELS = 30, 8, 4
 
 
@@ -19,7 +21,7 @@ class SmallClassifier(nn.Cell):
         self.norm = nn.LayerNorm((WIDTH,), epsilon=1e-5)
         self.hidden = nn.Dense(WIDTH, WIDTH)
         self.head = nn.Dense(WIDTH, LABELS)
-        self.drop = nn.Dropout(p=dropout)
+        self.drop = make_dropout(dropout)
         weights = make_weights(seed)
         for layer in ("hidden", "head"):
             getattr(self, layer).weight.set_data(Tensor(weights[f"{layer}.weight"]))

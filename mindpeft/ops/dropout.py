@@ -1,0 +1,54 @@
+"""Dropout."""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+
+import mindspore.nn as nn
+from mindspore import Tensor, ops
+
+from mindpeft.ops.device import on_cpu
+
+_SEED_ATTRIBUTES = (("Seed0", "Seed1"), ("seed", "seed2"))  # of ops.Dropout and of ops.StandardNormal
+
+
+class CpuDropout(nn.Cell):
+    """Dropout (Srivastava et al., 2014) for the CPU: one seed gives the same masks in every run.
+
+    The built-in operator there does not repeat itself: its masks differ between runs of one seed from about
+    the sixth call on. StandardNormal does repeat; a number of it is below the p-quantile with probability p.
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+        self.scale = 1.0 / (1.0 - p)
+        self.threshold = NormalDist().inv_cdf(p) if p > 0.0 else 0.0
+        self.normal = ops.StandardNormal()
+
+    def construct(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return x
+        kept = (self.normal(x.shape) >= self.threshold).astype(x.dtype)
+        return x * (kept * self.scale)
+
+
+def dropout(p: float) -> nn.Cell:
+    """Return the Cell that zeroes elements with probability ``p`` in training, for the current device."""
+    return CpuDropout(p) if on_cpu() and p < 1.0 else nn.Dropout(p=p)
+
+
+def seed_dropout(model: nn.Cell, seed: int) -> None:
+    """Give each dropout of ``model`` a seed of its own, fixed by ``seed``, for graphs compiled from now on.
+
+    MindSpore gives an operator its seed when it is made: without new seeds a run would depend on what the
+    process did before.
+    """
+    number = 0
+    for _, cell in model.cells_and_names():
+        for operator in vars(cell).get("_primitives", {}).values():
+            for first, second in _SEED_ATTRIBUTES:
+                if operator is not None and first in operator.attrs and second in operator.attrs:
+                    number += 1
+                    operator.add_prim_attr(first, seed % 2**31)
+                    operator.add_prim_attr(second, number)
