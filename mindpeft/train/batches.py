@@ -7,13 +7,16 @@ from typing import Any, Protocol
 
 import mindspore.dataset
 import numpy as np
+from mindspore import nn
 
 from mindpeft.data.batching import IGNORE_INDEX, BucketBatcher
-from mindpeft.data.mindspore_source import features_from_mindspore
+from mindpeft.data.mindspore_source import encode_mindspore, features_from_mindspore, is_tokenised
+from mindpeft.data.tokenization import Tokenizer
 from mindpeft.errors import InputError
 
 Batch = dict[str, np.ndarray]
 _NOT_INPUTS = ("example_mask", "index")
+_TEXT_COLUMNS = ("text", "sentence")
 
 
 class Batches(Protocol):
@@ -65,6 +68,43 @@ def make_batches(
         shuffle=shuffle,
         seed=seed,
     )
+
+
+def tokenised(dataset: Any, tokenizer: Tokenizer | None, model: nn.Cell, max_length: int | None) -> Any:
+    """A ``mindspore.dataset.Dataset`` of texts as features; any other data set as it is.
+
+    Args:
+        dataset: such a data set has a column ``text`` (or ``sentence``), and perhaps ``labels`` or ``label``.
+        tokenizer: for those texts.
+        model: its ``config`` names the labels (class numbers do as well) and the kind of problem.
+        max_length: see ``encode``.
+
+    Raises:
+        InputError: there is no tokenizer or no column of texts, or a row does not fit the task.
+    """
+    if not isinstance(dataset, mindspore.dataset.Dataset) or is_tokenised(dataset):
+        return dataset
+    columns = dataset.get_col_names()
+    text = next((name for name in _TEXT_COLUMNS if name in columns), None)
+    if text is None:
+        raise InputError(
+            f"the data set has neither input_ids nor {' nor '.join(_TEXT_COLUMNS)}; "
+            f"its columns are {', '.join(columns)}"
+        )
+    if tokenizer is None:
+        raise InputError(
+            f"the data set has texts ({text!r}): give the Trainer a tokenizer as processing_class"
+        )
+    config = getattr(model, "config", None)
+    features, _ = encode_mindspore(
+        dataset,
+        tokenizer,
+        text_column=text,
+        task=getattr(config, "problem_type", None) or "single_label_classification",
+        labels=list(config.id2label.values()) if hasattr(config, "id2label") else None,
+        max_length=max_length,
+    )
+    return features
 
 
 def model_inputs(batch: Batch, accepted: Collection[str]) -> Batch:

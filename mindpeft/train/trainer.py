@@ -16,7 +16,7 @@ from mindpeft.console import logger
 from mindpeft.device import setup_device
 from mindpeft.errors import InputError
 from mindpeft.train.arguments import TrainingArguments
-from mindpeft.train.batches import Batch, Batches, make_batches, real_rows
+from mindpeft.train.batches import Batch, Batches, make_batches, real_rows, tokenised
 from mindpeft.train.callbacks import (
     BestMetricCallback,
     CallbackHandler,
@@ -69,7 +69,7 @@ class Trainer:
             ``requires_grad`` are trained. ``save_pretrained(folder)`` writes its files if it has one.
         args: see :class:`TrainingArguments`.
         train_dataset, eval_dataset: lists of feature dicts (``input_ids``, ``labels``, ...), batchers of
-            ``mindpeft.data``, or ``mindspore.dataset.Dataset`` objects with such columns.
+            ``mindpeft.data``, or ``mindspore.dataset.Dataset`` objects with such columns or with texts.
         processing_class: the tokenizer; gives the padding id and is saved with the model if it can be.
         compute_metrics: from an ``EvalPrediction`` to a dict of numbers; default: what fits the labels.
         callbacks: called in order, after the built-in ones that decide and before those that write.
@@ -375,7 +375,7 @@ class Trainer:
 
     def _make_batches(self, dataset: Any, batch_size: int, shuffle: bool) -> Batches:
         return make_batches(
-            dataset,
+            tokenised(dataset, self.processing_class, self.model, self.args.max_length),
             batch_size,
             pad_token_id=getattr(self.processing_class, "pad_token_id", None) or 0,
             max_buckets=self.args.max_buckets,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import mindspore as ms
+import mindspore.dataset
 import numpy as np
 import pytest
 
 from mindpeft import LoraConfig, PeftModel, get_peft_model
+from mindpeft.errors import InputError
+from mindpeft.models import AutoTokenizer
 from mindpeft.models.bert import BertConfig, BertForSequenceClassification
 from mindpeft.train import Trainer, TrainingArguments
 from mindpeft.train.optim import AdamW, undecayed_names
@@ -102,6 +105,27 @@ def test_dropout_begins_the_same_with_the_seed_whatever_ran_before(tmp_path):
         runs.append([line["loss"] for line in trainer.state.log_history])
         ms.ops.dropout(ms.ops.ones((4, 4), ms.float32), 0.5)
     assert runs[0] == runs[1]
+
+
+def test_mindspore_data_set_of_texts_is_tokenised(tmp_path, minilm_dir):
+    tokenizer = AutoTokenizer.from_pretrained(minilm_dir)
+    texts = ["wait for the socket", "compress the file", "open the archive", "accept a connection"] * 3
+    labels = [0, 1, 1, 0] * 3
+    texts_and_labels = mindspore.dataset.NumpySlicesDataset({"text": texts, "label": labels}, shuffle=False)
+    encoded = tokenizer(texts)
+    rows = [{**{k: encoded[k][i] for k in encoded}, "labels": labels[i]} for i in range(len(texts))]
+    runs = []
+    for name, dataset in (("texts", texts_and_labels), ("rows", rows)):
+        model = BertForSequenceClassification.from_pretrained(minilm_dir, num_labels=2, num_hidden_layers=1)
+        model.classifier.weight.set_data(ms.ops.zeros_like(model.classifier.weight))
+        trainer = make_trainer(tmp_path / name, model, dataset, max_steps=2)
+        trainer.processing_class = tokenizer
+        trainer.train()
+        runs.append([line["loss"] for line in trainer.state.log_history])
+    assert runs[0] == runs[1]
+    trainer = make_trainer(tmp_path / "none", make_lora(), texts_and_labels, max_steps=2)
+    with pytest.raises(InputError, match="give the Trainer a tokenizer"):
+        trainer.train()
 
 
 def test_decay_spares_what_torch_users_spare():
