@@ -17,7 +17,7 @@ QUESTIONS = (
     "compress a stream of bytes",
     "run several threads at the same time",
     "compute the square root of a number",
-    "parse the arguments of the command line",
+    "encode an e-mail message",
 )
 
 
