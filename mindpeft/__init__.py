@@ -9,7 +9,6 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "LoraConfig": "mindpeft.tuners.lora",
     "PeftConfig": "mindpeft.config",
     "PeftModel": "mindpeft.peft_model",
     "PeftType": "mindpeft.config",
@@ -21,10 +20,15 @@ __all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name.endswith("Config"):  # a method's config
+        methods = importlib.import_module("mindpeft.tuners")
+        if hasattr(methods, name):
+            return getattr(methods, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    methods = importlib.import_module("mindpeft.tuners")
+    return sorted([*globals(), *_HOMES, *(name for name in dir(methods) if name.endswith("Config"))])

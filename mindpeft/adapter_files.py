@@ -3,25 +3,31 @@
 base_model.model.<path>.lora_A.weight      a tensor of the slot of the wrapped cell <path>
 base_model.model.<path>.base_layer.bias    the wrapped cell's own parameter, when it was trained or saved
 base_model.model.<path>.weight             a parameter of the base model (a saved head, a trained bias)
+
+A hybrid adapter, which has several methods, is a folder with one such folder for each of them and an index,
+``hybrid.json``: ``{"parts": ["0-lora", "1-bitfit"]}``.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import numpy as np
 
-from mindpeft.config import PeftConfig
-from mindpeft.convert.checkpoint import open_checkpoint
+from mindpeft.config import CONFIG_NAME, PeftConfig
+from mindpeft.convert.checkpoint import Checkpoint, open_checkpoint
 from mindpeft.convert.safetensors_file import write_safetensors
-from mindpeft.convert.tensors import RawTensor
+from mindpeft.convert.tensors import FLOATS, RawTensor
 from mindpeft.errors import InputError
+from mindpeft.files import read_json, write_json
 from mindpeft.parameters import Place
 
-PREFIX = "base_model.model."
 WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")  # in PEFT's order
+HYBRID_INDEX = "hybrid.json"
+_LONGEST_NAME = 255  # bytes, in common file systems
 _BASE_LAYER = "base_layer"
 # PEFT's own wrapper of a saved cell, whose parameters leak into the file with bias="all".
 _STRAY_HOLDERS = ("original_module", "modules_to_save")
@@ -62,24 +68,76 @@ def adapter_folder(folder: str | os.PathLike, adapter_name: str) -> Path:
     return Path(folder) if adapter_name == "default" else Path(folder) / adapter_name
 
 
-def write_adapter(folder: Path, config: PeftConfig, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write an adapter's two files, the config last, so that a folder with a config is complete.
+def write_adapter(folder: Path, parts: list[tuple[PeftConfig, Mapping[str, np.ndarray]]]) -> None:
+    """Write an adapter: its one part into the folder itself, or several into sub-folders, the index last.
 
     Args:
         folder: made if absent.
-        config: its ``inference_mode`` is written as true, as PEFT does.
-        tensors: values by their names without the prefix ``base_model.model.``.
+        parts: the config and the tensors, by their names in the file, of each method.
 
     Raises:
         InputError: the folder can't be written.
     """
-    named = ((PREFIX + name, RawTensor.from_numpy(value)) for name, value in tensors.items())
+    if len(parts) == 1:
+        _write_part(folder, *parts[0])
+        return
+    names = [f"{index}-{config.peft_type.value.lower()}" for index, (config, _) in enumerate(parts)]
+    for name, part in zip(names, parts, strict=True):
+        _write_part(folder / name, *part)
+    write_json(folder / HYBRID_INDEX, {"parts": names})
+
+
+def read_adapter(folder: str | os.PathLike) -> tuple[list[PeftConfig], list[dict[str, np.ndarray]]]:
+    """Read an adapter's configs and tensors, one of each for each of its methods; see ``read_tensors``.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    folders = part_folders(folder)
+    configs = [PeftConfig.from_pretrained(part) for part in folders]
+    return configs, [read_tensors(part, config) for part, config in zip(folders, configs, strict=True)]
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, a hybrid one included."""
+    return (folder / CONFIG_NAME).is_file() or (folder / HYBRID_INDEX).is_file()
+
+
+def part_folders(folder: str | os.PathLike) -> list[Path]:
+    """The folders of an adapter's methods: itself, or those that a hybrid's index names.
+
+    Raises:
+        InputError: the index is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / HYBRID_INDEX).is_file():
+        return [folder]
+    index = read_json(folder / HYBRID_INDEX)
+    names = index.get("parts") if isinstance(index, dict) else None
+    if not isinstance(names, list) or not names or not all(_is_plain(name) for name in names):
+        raise InputError(
+            f'{folder / HYBRID_INDEX} must be {{"parts": [...]}} with the names of folders beside it'
+        )
+    if len(set(names)) < len(names):
+        raise InputError(f"{folder / HYBRID_INDEX} names a folder twice; each part must have its own")
+    return [folder / name for name in names]
+
+
+def _is_plain(name: Any) -> bool:
+    if not isinstance(name, str) or name in ("", ".", "..") or len(os.fsencode(name)) > _LONGEST_NAME:
+        return False
+    return "\0" not in name and PurePosixPath(name).name == name and PureWindowsPath(name).name == name
+
+
+def _write_part(folder: Path, config: PeftConfig, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write one method's two files, the config last, so that a folder with a config is complete."""
+    named = ((name, RawTensor.from_numpy(value)) for name, value in tensors.items())
     write_safetensors(folder / WEIGHT_NAMES[0], named)
     config.save_pretrained(folder)
 
 
-def read_tensors(folder: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Read an adapter's tensors, bfloat16 widened to float32, by their names without ``base_model.model.``.
+def read_tensors(folder: str | os.PathLike, config: PeftConfig) -> dict[str, np.ndarray]:
+    """Read an adapter's tensors, bfloat16 widened to float32, by their names without the config's prefixes.
 
     Raises:
         InputError: no weights file, a damaged one, or tensors of something that is no adapter of a cell.
@@ -88,13 +146,29 @@ def read_tensors(folder: str | os.PathLike) -> dict[str, np.ndarray]:
     path = next((folder / name for name in WEIGHT_NAMES if (folder / name).is_file()), None)
     if path is None:
         raise InputError(f"{folder} holds no adapter: neither {' nor '.join(WEIGHT_NAMES)} is there")
+    prefixes = (config.CELL_PREFIX, config.SHARED_PREFIX)
     with open_checkpoint(path) as checkpoint:
-        foreign = [name for name in checkpoint if not name.startswith(PREFIX)]
+        foreign = [name for name in checkpoint if not name.startswith(prefixes)]
         if foreign:
             raise InputError(
-                f"{path}: tensor names must start with {PREFIX!r}, but {shortened(foreign)} does not"
+                f"{path}: tensor names must start with {prefixes[0]!r}, but {shortened(foreign)} does not"
             )
-        return {name[len(PREFIX) :]: checkpoint[name].numpy() for name in checkpoint}
+        check_floats(checkpoint, (n for n in checkpoint if n.rpartition(".")[2] not in config.WHOLE_NUMBERS))
+        return {_without(prefixes, name): checkpoint[name].numpy() for name in checkpoint}
+
+
+def check_floats(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Raise ``InputError`` unless these tensors hold floating-point numbers."""
+    for name in names:
+        dtype = checkpoint.info(name).dtype
+        if dtype not in FLOATS:
+            allowed = ", ".join(sorted(FLOATS))
+            raise InputError(f"{checkpoint.path}: {name!r} has dtype {dtype}; an adapter's are {allowed}")
+
+
+def _without(prefixes: Iterable[str], name: str) -> str:
+    """A name without the first of the prefixes that it has."""
+    return name.removeprefix(next(prefix for prefix in prefixes if name.startswith(prefix)))
 
 
 def shortened(names: Iterable[str], quote: bool = True, count: int = 3) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from pathlib import Path
@@ -13,11 +14,25 @@ from mindpeft.errors import InputError, did_you_mean
 from mindpeft.files import read_json, write_json
 
 if TYPE_CHECKING:
-    from mindspore import nn
+    import numpy as np
+
+    from mindpeft.tuners.base import Shapes, Slot, Tensors
+    from mindpeft.tuners.hooks import TrainingHook
+    from mindpeft.tuners.plan import BaseModel
 
 CONFIG_NAME = "adapter_config.json"
 FORMAT_VERSION = "0.21.2"  # the PEFT release whose keys are written
 _RUNTIME_KEYS = {"runtime_config"}  # never part of the format; PEFT ignores it too
+
+# Types of keys, as they are annotated -> what their values must be; numbers, lists and choices are checked by
+# the methods.
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "bool": ((bool,), "true or false"),
+    "bool | str": ((bool, str), "true, false or text"),
+    "str | None": ((str, os.PathLike), "text"),
+    "dict": ((Mapping,), "an object of keys and values"),
+    "dict | None": ((Mapping,), "an object of keys and values"),
+}
 
 logger = logging.getLogger(__name__)
 
@@ -31,15 +46,23 @@ class PeftType(str, Enum):
     BEFT = "BEFT"
     BITFIT = "BITFIT"
     BOFT = "BOFT"
+    BOTTLENECK = "BOTTLENECK"
+    DIFF_PRUNING = "DIFF_PRUNING"
+    FOURIERFT = "FOURIERFT"
+    FREEZE = "FREEZE"
+    FULL = "FULL"
+    HRA = "HRA"
     IA3 = "IA3"
     LN_TUNING = "LN_TUNING"
     LOHA = "LOHA"
     LOKR = "LOKR"
+    MISS = "MISS"
     MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
     OFT = "OFT"
     PREFIX_TUNING = "PREFIX_TUNING"
     PROMPT_TUNING = "PROMPT_TUNING"
     P_TUNING = "P_TUNING"
+    ROAD = "ROAD"
     TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
     VERA = "VERA"
 
@@ -86,6 +109,16 @@ class PeftConfig:
     inference_mode: bool = False
 
     METHOD: ClassVar[PeftType | None] = None
+    IN_PEFT: ClassVar[bool] = True  # whether Hugging Face PEFT has the method, and so opens its files
+    # Arguments for a usable config, where the defaults are none: ``mindpeft methods`` counts with them.
+    EXAMPLE: ClassVar[Mapping[str, Any]] = {}
+    # How the file's tensor names begin: those of cells (and of base parameters), and those that are shared.
+    CELL_PREFIX: ClassVar[str] = "base_model.model."
+    SHARED_PREFIX: ClassVar[str] = "base_model.model."
+    # Last parts of the names of the file's tensors that may hold whole numbers.
+    WHOLE_NUMBERS: ClassVar[tuple[str, ...]] = ("num_batches_tracked",)
+    # Names that ``peft.preset`` of a recipe can have, and the config classes whose defaults they stand for.
+    PRESETS: ClassVar[Mapping[str, type[PeftConfig]]] = {}
 
     def __post_init__(self) -> None:
         if self.METHOD is None:
@@ -93,13 +126,82 @@ class PeftConfig:
                 "PeftConfig is the base of the methods' configs; create one of those (LoraConfig)"
             )
         self.peft_type = self.METHOD
+        self._check_types()
         if self.task_type is not None:
             self.task_type = _member(TaskType, self.task_type, "task_type")
         if self.peft_version is None:
             self.peft_version = FORMAT_VERSION
 
-    def describe_cells(self, cells: list[nn.Cell]) -> None:
-        """Take over what the targeted cells themselves decide (their weights' layout, say)."""
+    def _check_types(self) -> None:
+        """Refuse values of another type where text, an object, or true or false is wanted."""
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            wanted = _KINDS.get(str(entry.type).partition("[")[0])
+            if wanted and value is not None and not isinstance(value, wanted[0]):
+                raise InputError(f"{entry.name} must be {wanted[1]}, not {value!r}")
+
+    # What a method's config says about a model; see ``mindpeft.tuners`` ------------------------------------
+
+    def resolve(self, base: BaseModel) -> None:
+        """Fill in what the model decides (default targets, "all-linear", a weight's layout).
+
+        Raises:
+            InputError: the model does not suit the method.
+        """
+
+    def check_file(self) -> None:
+        """Refuse, or warn of, a file whose adapter can't be rebuilt exactly from what it holds.
+
+        Raises:
+            InputError: it can't be rebuilt at all.
+        """
+
+    def slot_classes(self, base: BaseModel) -> dict[str, type[Slot]]:
+        """The class of the slot at each place that the method changes, by path; "" is the model itself."""
+        return {}
+
+    def selected(self, base: BaseModel, wrapped: Collection[str]) -> list[str]:
+        """The base model's own parameters that are trained where they are (biases), by name.
+
+        Args:
+            wrapped: the paths that ``slot_classes`` gave.
+        """
+        return []
+
+    def roomy(self, slot_rank: int) -> PeftConfig:
+        """This config with another rank, for slots that shall hold adapters of up to that rank.
+
+        Raises:
+            InputError: the method has no rank.
+        """
+        raise InputError(f"slot_rank is for methods with a rank, which {self.peft_type.value} has not")
+
+    def training_hook(self, slots: Mapping[str, Slot], shapes: Mapping[str, Shapes]) -> TrainingHook | None:
+        """What the method adds to every training step of an adapter, if anything.
+
+        Args:
+            slots: the adapter's slots by path.
+            shapes: the true shapes of its tensors there.
+        """
+        return None
+
+    def for_file(self, tensors: Mapping[str, Mapping[str, np.ndarray]]) -> PeftConfig:
+        """The config that is written beside these tensors (path -> name -> value), if not this one."""
+        return self
+
+    def converted(
+        self, tensors: dict[str, Tensors], initial: dict[str, Tensors]
+    ) -> tuple[PeftConfig, dict[str, Tensors]]:
+        """The config and tensors of an equal adapter that takes nothing out of the base model's weights.
+
+        Args:
+            tensors: path -> the adapter's tensors.
+            initial: path -> those that were taken out of the weights there.
+
+        Raises:
+            InputError: there is no such adapter.
+        """
+        raise InputError(f"{self.peft_type.value} adapters can't be converted")
 
     def to_dict(self) -> dict[str, Any]:
         """The keys and values as JSON knows them: enums as text, sets as sorted lists."""

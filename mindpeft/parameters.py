@@ -16,6 +16,10 @@ CLASSIC_NAMES = {
     "moving_mean": "running_mean",
     "moving_variance": "running_var",
 }
+# What normalisation over batches keeps count of, in MindSpore's classic cells and in those of ``mint``.
+_STATISTICS = frozenset(
+    {"moving_mean", "moving_variance", "running_mean", "running_var", "num_batches_tracked"}
+)
 
 
 def assign(parameter: ms.Parameter, value: np.ndarray) -> None:
@@ -41,7 +45,7 @@ class Place:
     @property
     def is_statistic(self) -> bool:
         """Whether this is a running statistic, which no gradient reaches."""
-        return self.attribute.startswith("moving_")
+        return self.attribute in _STATISTICS
 
     def read(self) -> np.ndarray:
         """A copy of the value on the host."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ from mindspore import nn
 from mindpeft import adapter_files
 from mindpeft.config import PeftConfig
 from mindpeft.errors import InputError
+from mindpeft.status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
 from mindpeft.tuners.bank import AdapterBank
-from mindpeft.tuners.base import TunerLayer
+from mindpeft.tuners.base import Slot
+from mindpeft.tuners.hooks import TrainingHook
 
 
 class PeftModel(nn.Cell):
@@ -26,13 +28,14 @@ class PeftModel(nn.Cell):
     """
 
     def __init__(self, model: nn.Cell, autocast_adapter_dtype: bool = True) -> None:
-        if any(isinstance(cell, PeftModel | TunerLayer) for _, cell in model.cells_and_names()):
+        if any(isinstance(cell, PeftModel | Slot) for _, cell in model.cells_and_names()):
             raise InputError(
                 "the model has adapters already; use add_adapter on its PeftModel, or unload() it first"
             )
         super().__init__(auto_prefix=False)
-        self._bank = AdapterBank(model, autocast_adapter_dtype)
         self.base_model = model
+        self._bank = AdapterBank(model, self, autocast_adapter_dtype)
+        self._mixed: Any = None
         # A cell is born in the phase "train" whatever its `training`, and graphs are kept by phase: set_train
         # would then find the inference graph.
         self.add_flags(training=model.training)
@@ -42,13 +45,33 @@ class PeftModel(nn.Cell):
         """Call the model inside."""
         return self.base_model(*args, **kwargs)
 
+    def __call__(self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
+        """Call the model inside, with the active adapters or with one adapter for each row of the batch.
+
+        Args:
+            adapter_names: the adapter of each row; ``None`` or ``"__base__"`` for the base model. For LoRA on
+                linear and embedding cells and saved linear heads, in inference. Another assignment compiles
+                nothing; an adapter added since does.
+            args, kwargs: the model's.
+
+        Raises:
+            InputError: not one known name for each row, or an adapter that can't be mixed by rows.
+        """
+        if adapter_names is None:
+            return super().__call__(*args, **kwargs)
+        if self._mixed is None:
+            from mindpeft.tuners.mixed import MixedBatch
+
+            object.__setattr__(self, "_mixed", MixedBatch(self._bank))  # not a child: it holds the model too
+        return self._mixed.run(adapter_names, args, kwargs)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_model" or name.startswith("__"):
+            if name in ("base_model", "_bank") or name.startswith("__"):
                 raise
-            return getattr(self.base_model, name)
+            return getattr(self._bank.base.model, name)
 
     @classmethod
     def from_pretrained(
@@ -67,7 +90,7 @@ class PeftModel(nn.Cell):
             folder: holds ``adapter_config.json`` and ``adapter_model.safetensors`` or ``adapter_model.bin``.
             adapter_name: what to call it.
             is_trainable: go on training it; else everything is frozen and the model put in inference mode.
-            config: used instead of the folder's.
+            config: used instead of the folder's (of an adapter with one method).
             autocast_adapter_dtype: keep the adapter in float32 over a half-precision model.
 
         Raises:
@@ -75,10 +98,11 @@ class PeftModel(nn.Cell):
                 was.
         """
         _refuse_odd_name(adapter_name)
-        config = config or PeftConfig.from_pretrained(folder)
-        tensors = adapter_files.read_tensors(folder)
+        configs, tensors = adapter_files.read_adapter(folder)
         peft_model = cls(model, autocast_adapter_dtype)
-        peft_model._add(adapter_name, config, tensors, is_trainable, None, folder)
+        peft_model._add(
+            adapter_name, configs if config is None else [config], tensors, is_trainable, source=folder
+        )
         if not is_trainable:
             peft_model.set_train(False)
         return peft_model
@@ -87,20 +111,31 @@ class PeftModel(nn.Cell):
 
     @property
     def active_adapter(self) -> str | None:
-        """The name of the adapter in the slots."""
-        return self._bank.active
+        """The name of the active adapter, the first if there are several."""
+        return self._bank.active[0] if self._bank.active else None
 
     @property
-    def peft_config(self) -> dict[str, PeftConfig]:
-        """The config of each adapter, with its targets resolved."""
-        return {name: adapter.plan.config for name, adapter in self._bank.adapters.items()}
+    def active_adapters(self) -> list[str]:
+        """The names of all active adapters, in the order in which they act."""
+        return list(self._bank.active)
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig | list[PeftConfig]]:
+        """The config of each adapter, with its targets resolved; a list of them for a hybrid."""
+        configs = {
+            name: [part.plan.config for part in adapter.parts]
+            for name, adapter in self._bank.adapters.items()
+        }
+        return {name: found if len(found) > 1 else found[0] for name, found in configs.items()}
 
     @property
     def targeted_module_names(self) -> list[str]:
         """The paths of the wrapped cells."""
-        return list(self._bank.layers)
+        return self._bank.rack.layers()
 
-    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, slot_rank: int | None = None) -> None:
+    def add_adapter(
+        self, adapter_name: str, peft_config: PeftConfig | list[PeftConfig], slot_rank: int | None = None
+    ) -> None:
         """Add a fresh adapter; it does not become the active one.
 
         Graphs are compiled anew only if a cell is wrapped for the first time or a slot must grow. A slot that
@@ -108,14 +143,18 @@ class PeftModel(nn.Cell):
 
         Args:
             adapter_name: a new name.
-            peft_config: what it is.
+            peft_config: what it is; several configs make one hybrid adapter.
             slot_rank: keep room in the slots for adapters of up to this rank.
 
         Raises:
             InputError: the name is taken, or the config does not fit the model, which is then as it was.
         """
         _refuse_odd_name(adapter_name)
-        self._add(adapter_name, peft_config, None, not peft_config.inference_mode, slot_rank)
+        configs = peft_config if isinstance(peft_config, list) else [peft_config]
+        if not configs:
+            raise InputError("a hybrid needs at least one config, and the list is empty")
+        trainable = not any(config.inference_mode for config in configs)
+        self._add(adapter_name, configs, None, trainable, slot_rank)
 
     def load_adapter(self, folder: str | os.PathLike, adapter_name: str, is_trainable: bool = False) -> None:
         """Add the adapter of a folder; it does not become the active one.
@@ -124,34 +163,47 @@ class PeftModel(nn.Cell):
             InputError: the files are missing or damaged, or don't fit the model, which is then as it was.
         """
         _refuse_odd_name(adapter_name)
-        config = PeftConfig.from_pretrained(folder)
-        self._add(adapter_name, config, adapter_files.read_tensors(folder), is_trainable, None, folder)
+        configs, tensors = adapter_files.read_adapter(folder)
+        self._add(adapter_name, configs, tensors, is_trainable, source=folder)
 
     def _add(
         self,
         name: str,
-        config: PeftConfig,
-        tensors: dict | None,
+        configs: list[PeftConfig],
+        tensors: list[dict] | None,
         trainable: bool,
-        slot_rank: int | None,
+        slot_rank: int | None = None,
         source: str | os.PathLike | None = None,
     ) -> None:
         try:
-            plan = self._bank.plan(config)
-            plan.config.inference_mode = not trainable
-            self._bank.add(name, plan, tensors, trainable, slot_rank)
+            self._bank.add(name, configs, tensors, trainable, slot_rank)
         except InputError as error:
             raise (InputError(f"{source}: {error}") if source else error) from error
 
-    def set_adapter(self, adapter_name: str) -> None:
-        """Make an adapter the active one, trainable if it was added so.
+    def extend_adapter(self, adapter_name: str, peft_config: PeftConfig | list[PeftConfig]) -> None:
+        """Freeze what an adapter has and add parts of other methods to it, which are trained from now on.
 
-        Only parameter values change, so nothing recompiles (but training with another ``lora_dropout`` does).
+        It is a hybrid then. A head that it has goes on being trained if the new part has it too.
 
         Raises:
-            InputError: there is no such adapter, or one is merged.
+            InputError: there is no such adapter, or the config does not fit; the model is then as it was.
         """
-        self._bank.activate(adapter_name)
+        self._bank.extend(adapter_name, peft_config if isinstance(peft_config, list) else [peft_config])
+
+    def set_adapter(self, adapter_name: str | list[str]) -> None:
+        """Make an adapter the active one, trainable if it was added so; or several, which act together.
+
+        Only parameter values change, so nothing recompiles, except when more adapters act together than ever
+        before, or for training with another ``lora_dropout``. Of a head or bias that several active adapters
+        have, the last one's is used.
+
+        Raises:
+            InputError: there is no such adapter, one is named twice, or one is merged.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if not names or len(set(names)) < len(names):
+            raise InputError(f"set_adapter needs names of adapters, each once, not {adapter_name!r}")
+        self._bank.activate(names)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter; if it was active, the first of the others becomes active.
@@ -169,6 +221,41 @@ class PeftModel(nn.Cell):
         """
         with self._bank.disabled():
             yield
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Add a LoRA adapter that is a combination of others; it does not become the active one.
+
+        Args:
+            adapters: names of adapters of LoRA on linear and embedding cells.
+            weights: one for each; negative ones subtract.
+            adapter_name: a new name.
+            combination_type: "cat" (exact; the ranks add up), "svd" (the best of rank ``svd_rank``), or, of A
+                and B by themselves, which need one rank, "linear", "ties", "dare_linear", "dare_ties",
+                "magnitude_prune"; with "_svd" added, the last four work on the whole updates.
+            svd_rank: default: the largest of the adapters' ranks.
+            svd_clamp: cut the factors of a decomposition off at this quantile.
+            density: the share of entries that pruning keeps, in (0, 1].
+            majority_sign_method: "total" or "frequency", for the kinds with "ties".
+
+        Raises:
+            InputError: an unknown name or kind, ranks that differ where they must not, several adapters with
+                heads of their own, or a name that is taken.
+        """
+        from mindpeft.tuners.weighted import Recipe, add_weighted_adapter
+
+        _refuse_odd_name(adapter_name)
+        recipe = Recipe(combination_type, svd_rank, svd_clamp, density, majority_sign_method)
+        add_weighted_adapter(self._bank, adapters, weights, adapter_name, recipe)
 
     # Merging ----------------------------------------------------------------------------------------------
 
@@ -209,32 +296,39 @@ class PeftModel(nn.Cell):
 
     def get_base_model(self) -> nn.Cell:
         """The model inside, with its layers wrapped as they are."""
-        return self.base_model
+        return self._bank.base.model
 
     # Files and numbers ------------------------------------------------------------------------------------
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, selected_adapters: list[str] | None = None
+        self,
+        save_directory: str | os.PathLike,
+        selected_adapters: list[str] | None = None,
+        convert_to_lora: bool = False,
     ) -> None:
         """Write adapters in PEFT's format: "default" into the folder itself, others into sub-folders.
 
         Args:
             save_directory: made if absent.
             selected_adapters: default: all.
+            convert_to_lora: write adapters of PiSSA and OLoRA, which take something out of the base model's
+                weights, as equal ones of ordinary LoRA with twice the rank, which leave them as they are
+                (what PEFT does when given the path of the untrained adapter).
 
         Raises:
-            InputError: an unknown name, or the folder can't be written.
+            InputError: an unknown name, an adapter that can't be converted, or the folder can't be written.
         """
         names = list(self._bank.adapters) if selected_adapters is None else selected_adapters
-        for name, tensors in [(name, self._bank.export(name)) for name in names]:
-            config = self.peft_config[name]
-            config.base_model_name_or_path = config.base_model_name_or_path or self._base_name()
-            if config.task_type is None:
-                config.auto_mapping = self._auto_mapping()
-            adapter_files.write_adapter(adapter_files.adapter_folder(save_directory, name), config, tensors)
+        for name, parts in [(name, self._bank.export(name, convert_to_lora)) for name in names]:
+            folder = adapter_files.adapter_folder(save_directory, name)
+            for config, _ in parts:
+                config.base_model_name_or_path = config.base_model_name_or_path or self._base_name()
+                if config.task_type is None:
+                    config.auto_mapping = self._auto_mapping()
+            adapter_files.write_adapter(folder, parts)
 
     def _base_name(self) -> str | None:
-        model = self.base_model
+        model = self._bank.base.model
         own = getattr(model, "name_or_path", None) or getattr(
             getattr(model, "config", None), "name_or_path", None
         )
@@ -242,13 +336,25 @@ class PeftModel(nn.Cell):
 
     def _auto_mapping(self) -> dict[str, str]:
         """The base model's class as PEFT writes it; ours bear the names of transformers' classes."""
-        model = self.base_model
+        model = self._bank.base.model
         library = (
             "transformers"
             if hasattr(getattr(model, "config", None), "model_type")
             else type(model).__module__
         )
         return {"base_model_class": type(model).__name__, "parent_library": library}
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """What is injected where: a status for each place, in the model's order."""
+        return layer_status(self._bank)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """What adapters there are, which act, and how many numbers they have."""
+        return model_status(self._bank)
+
+    def training_hooks(self) -> list[TrainingHook]:
+        """Make anew what the active adapters' methods add to every training step; see ``TrainStep``."""
+        return self._bank.training_hooks()
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) numbers of parameters; adapters count in their true ranks, as in PEFT."""
@@ -263,7 +369,7 @@ class PeftModel(nn.Cell):
 
 def get_peft_model(
     model: nn.Cell,
-    peft_config: PeftConfig,
+    peft_config: PeftConfig | list[PeftConfig],
     adapter_name: str = "default",
     autocast_adapter_dtype: bool = True,
     slot_rank: int | None = None,
@@ -272,7 +378,7 @@ def get_peft_model(
 
     Args:
         model: any ``mindspore.nn.Cell``; changed in place: cells wrapped, parameters frozen.
-        peft_config: the method and its targets.
+        peft_config: the method and its targets; a list of them makes one hybrid adapter.
         adapter_name: what to call the adapter.
         autocast_adapter_dtype: keep the adapter in float32 over a half-precision model.
         slot_rank: keep room for adapters of up to this rank, so that adding one recompiles nothing.

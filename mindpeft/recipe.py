@@ -9,17 +9,18 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from mindpeft.data.text_dataset import TASKS
-from mindpeft.errors import InputError, did_you_mean
+from mindpeft.errors import InputError
 from mindpeft.files import atomic_write
-from mindpeft.recipe_values import fit
+from mindpeft.recipe_peft import read_methods
+from mindpeft.recipe_values import build, check_choice, checked_values, field_hints
 
 if TYPE_CHECKING:
     from mindpeft.config import PeftConfig
@@ -27,18 +28,11 @@ if TYPE_CHECKING:
 
 PACKAGE_SCHEME = "package:"
 BUILTIN_DATA = ("stdlib_docs",)
-_TASK_TYPES = {"token_classification": "TOKEN_CLS", "masked_lm": None}  # all others classify whole texts
+TASK_TYPES = {"token_classification": "TOKEN_CLS", "masked_lm": None}  # all others classify whole texts
 _DTYPES = ("float32", "float16", "bfloat16", "auto")
-# Keys of TrainingArguments that a recipe says elsewhere, and keys of a PeftConfig that the program writes.
+# Keys of TrainingArguments that a recipe says elsewhere.
 _TOP_LEVEL_KEYS = {"output_dir": "output_dir", "device": "device", "device_id": "device_id", "seed": "seed"}
 _SAID_ELSEWHERE = {**_TOP_LEVEL_KEYS, "max_length": "data.max_length"}
-_WRITTEN_BY_PROGRAM = {
-    "auto_mapping",
-    "peft_version",
-    "base_model_name_or_path",
-    "inference_mode",
-    "revision",
-}
 _OF_ONE_INVOCATION = {"overwrite_output_dir", "resume_from_checkpoint"}
 
 
@@ -56,7 +50,7 @@ class ModelSection:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        _check_choice("model.dtype", self.dtype, _DTYPES)
+        check_choice("model.dtype", self.dtype, _DTYPES)
         self.path = self.path if self.path.startswith(PACKAGE_SCHEME) else absolute(self.path)
 
     @property
@@ -119,9 +113,9 @@ class DataSection:
     mask_probability: float = 0.15
 
     def __post_init__(self) -> None:
-        _check_choice("data.task", self.task, TASKS)
+        check_choice("data.task", self.task, TASKS)
         if self.builtin is not None:
-            _check_choice("data.builtin", self.builtin, BUILTIN_DATA)
+            check_choice("data.builtin", self.builtin, BUILTIN_DATA)
         if (self.train is None) == (self.builtin is None):
             raise InputError("data needs either train, a file, or builtin, an embedded data set")
         if self.builtin is not None and (self.eval or self.test):
@@ -148,8 +142,11 @@ class Recipe:
 
     Attributes:
         model, data: see the sections.
-        peft: ``method`` and the keys of that method's config.
+        peft: ``method``, ``preset`` if the method has some, and the keys of the method's config; a list of
+            such sections makes one hybrid adapter.
         train: keys of ``mindpeft.train.TrainingArguments``.
+        stages: a list of ``peft`` and ``train`` sections, trained one after another: each keeps what the ones
+            before it made, frozen, and adds its own part; its ``train`` wins over the common one.
         output_dir: the run's folder.
         device: auto, Ascend, GPU or CPU.
         device_id: which of several devices.
@@ -158,8 +155,9 @@ class Recipe:
 
     model: ModelSection
     data: DataSection
-    peft: dict[str, Any] = field(default_factory=lambda: {"method": "lora"})
+    peft: dict[str, Any] | list[dict[str, Any]] | None = None
     train: dict[str, Any] = field(default_factory=dict)
+    stages: list[dict[str, Any]] = field(default_factory=list)
     output_dir: str = "mindpeft-run"
     device: str = "auto"
     device_id: int | None = None
@@ -167,25 +165,49 @@ class Recipe:
 
     def __post_init__(self) -> None:
         self.output_dir = absolute(self.output_dir)
-        self.peft_config()
-        self.training_arguments()
+        if self.stages:
+            self._check_stages()
+        else:
+            self.peft = {"method": "lora"} if self.peft is None else self.peft
+            self.peft_configs()
+            self.training_arguments()
 
-    def peft_config(self) -> PeftConfig:
-        """The adapter's config; its task type follows from the data's task.
+    def _check_stages(self) -> None:
+        if self.peft is not None:
+            raise InputError("peft belongs into each of the stages when there are stages; leave it out here")
+        for number, stage in enumerate(self.stages, 1):
+            if not isinstance(stage, dict) or "peft" not in stage or stage.keys() - {"peft", "train"}:
+                raise InputError(
+                    f"stages, number {number}: a stage has the keys peft and, if its training differs, train"
+                )
+        self.stage_recipes()
+
+    def peft_configs(self) -> list[PeftConfig]:
+        """The adapter's configs, one for each method; their task type follows from the data's task.
 
         Raises:
             InputError: an unknown method or key, or a bad value.
         """
-        config_class = _method_class(self.peft)
-        allowed = _hints(config_class, without=_WRITTEN_BY_PROGRAM | {"peft_type"})
-        values = {key: value for key, value in self.peft.items() if key not in ("method", "peft_type")}
-        values = _checked("peft", values, allowed, also=("method",))
-        expected = _TASK_TYPES.get(self.data.task, "SEQ_CLS")
-        if values.setdefault("task_type", expected) != expected:
-            raise InputError(
-                f"peft.task_type must be {expected} for data.task {self.data.task}; leave it out"
-            )
-        return _build("peft", config_class, values)
+        task_type = TASK_TYPES.get(self.data.task, "SEQ_CLS")
+        return read_methods(self.peft, task_type, f"data.task {self.data.task}")
+
+    def stage_recipes(self) -> list[Recipe]:
+        """The recipe of each stage: this one without stages; the last one has this one's output folder."""
+        if not self.stages:
+            return [self]
+        recipes = []
+        for number, stage in enumerate(self.stages, 1):
+            folder = Path(self.output_dir) if number == len(self.stages) else self.stage_folder(number)
+            changes = {"peft": stage["peft"], "train": {**self.train, **stage.get("train", {})}}
+            try:
+                recipes.append(dataclasses.replace(self, stages=[], output_dir=str(folder), **changes))
+            except InputError as error:
+                raise InputError(f"stages, number {number}: {error}") from error
+        return recipes
+
+    def stage_folder(self, number: int) -> Path:
+        """The run folder of a stage (from 1) that is not the last."""
+        return Path(self.output_dir) / f"stage-{number}"
 
     def training_arguments(self, **changes: Any) -> TrainingArguments:
         """The trainer's arguments; ``changes`` win over the recipe.
@@ -198,11 +220,11 @@ class Recipe:
         for key, place in _SAID_ELSEWHERE.items():
             if key in self.train:
                 raise InputError(f"train.{key} is not a key of train: write {place}")
-        allowed = _hints(TrainingArguments, without=_SAID_ELSEWHERE)
+        allowed = field_hints(TrainingArguments, without=_SAID_ELSEWHERE)
         values = {key: _unquoted_no(key, value) for key, value in self.train.items()}
-        values = {**_checked("train", values, allowed), **changes}
+        values = {**checked_values("train", values, allowed), **changes}
         values |= {key: getattr(self, key) for key in _TOP_LEVEL_KEYS}
-        return _build("train", TrainingArguments, values | {"max_length": self.data.max_length})
+        return build("train", TrainingArguments, values | {"max_length": self.data.max_length})
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe with all defaults of the sections and of training filled in, nulls left out."""
@@ -210,6 +232,8 @@ class Recipe:
         hidden = _SAID_ELSEWHERE.keys() | _OF_ONE_INVOCATION
         values = dataclasses.asdict(self)
         values["train"] = {key: value for key, value in training.items() if key not in hidden}
+        if not self.stages:
+            del values["stages"]
         return _without_null(values)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -240,22 +264,15 @@ def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recip
 
 def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     """Check the keys and values of a recipe and make it; see ``load_recipe``."""
-    hints = _hints(Recipe)
+    hints = field_hints(Recipe)
     sections = {"model": ModelSection, "data": DataSection}
-    plain = {
-        key: dict if key in sections or key in ("peft", "train") else hint for key, hint in hints.items()
-    }
-    checked = _checked("", values, plain)
+    plain = {key: dict if key in sections or key == "train" else hint for key, hint in hints.items()}
+    checked = checked_values("", values, plain)
     for name, section in sections.items():
         if name not in checked:
             raise InputError(f"the section {name} is missing")
-        checked[name] = _build(name, section, _checked(name, checked[name], _hints(section)))
+        checked[name] = build(name, section, checked_values(name, checked[name], field_hints(section)))
     return Recipe(**checked)
-
-
-def method_name(peft_type: str) -> str:
-    """The name of a method in recipes: ``LORA`` is ``lora``."""
-    return peft_type.lower()
 
 
 def absolute(path: str) -> str:
@@ -315,70 +332,9 @@ def _override(values: dict[str, Any], text: str) -> None:
         raise InputError(f"the value of {key}={value} is not valid YAML") from error
 
 
-def _method_class(values: Mapping[str, Any]) -> type[PeftConfig]:
-    """The config class that ``method`` (or ``peft_type``) names."""
-    from mindpeft.config import supported_methods
-
-    classes = {method_name(method.value): config for method, config in supported_methods().items()}
-    keys = [key for key in ("method", "peft_type") if key in values]
-    if not keys:
-        raise InputError(f"peft.method is missing; methods: {', '.join(classes)}")
-    names = {method_name(str(values[key])) for key in keys}
-    if len(names) > 1:
-        raise InputError("peft.method and peft.peft_type name two methods; leave one out")
-    name = names.pop()
-    _check_choice(f"peft.{keys[0]}", name, classes)
-    return classes[name]
-
-
-def _hints(owner: type, without: Iterable[str] = ()) -> dict[str, Any]:
-    """Field name -> resolved type hint of a dataclass."""
-    hints = get_type_hints(owner)
-    return {entry.name: hints[entry.name] for entry in fields(owner) if entry.name not in set(without)}
-
-
-def _checked(
-    section: str, values: Mapping[str, Any], hints: Mapping[str, Any], also: tuple[str, ...] = ()
-) -> dict[str, Any]:
-    """The values fitted to their hints; a key that is not among them is refused with the nearest one."""
-    prefix = f"{section}." if section else ""
-    allowed = [*also, *hints]
-    for key in values:
-        if key not in hints:
-            raise InputError(
-                f"unknown key {f'{prefix}{key}'!r}{did_you_mean(str(key), allowed)}; "
-                f"allowed{f' in {section}' if section else ''}: {', '.join(allowed)}"
-            )
-    return {key: fit(f"{prefix}{key}", value, hints[key]) for key, value in values.items()}
-
-
-def _build(section: str, owner: type, values: dict[str, Any]) -> Any:
-    """Make a dataclass; its own complaints get the section's name before them."""
-    missing = [
-        entry.name
-        for entry in fields(owner)
-        if entry.name not in values and entry.default is MISSING and entry.default_factory is MISSING
-    ]
-    if missing:
-        raise InputError(f"{section}.{missing[0]} is missing")
-    try:
-        return owner(**values)
-    except InputError as error:
-        text = str(error)
-        raise InputError(text if text.startswith(section) else f"{section}: {text}") from error
-
-
 def _unquoted_no(key: str, value: Any) -> Any:
     """YAML reads ``eval_strategy: no`` as false."""
     return "no" if key in ("eval_strategy", "save_strategy") and value is False else value
-
-
-def _check_choice(path: str, value: str, choices: Iterable[str]) -> None:
-    choices = list(choices)
-    if value not in choices:
-        raise InputError(
-            f"{path} must be one of {', '.join(choices)}, not {value!r}{did_you_mean(value, choices)}"
-        )
 
 
 def _without_null(value: Any) -> Any:

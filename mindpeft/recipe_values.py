@@ -1,13 +1,15 @@
-"""Checking one value of a recipe against a type hint, and saying in plain words what was expected."""
+"""Checking a recipe's values against type hints, and saying in plain words what is wrong."""
 
 from __future__ import annotations
 
 import re
 import types
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
 from enum import Enum
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from mindpeft.errors import InputError
+from mindpeft.errors import InputError, did_you_mean
 
 # YAML 1.1 reads 1e-3 (no dot) as text, which nobody who writes a learning rate means.
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -92,3 +94,49 @@ def _is(value: Any, kind: type) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise TypeError
     return value
+
+
+def field_hints(owner: type, without: Iterable[str] = ()) -> dict[str, Any]:
+    """Field name -> resolved type hint of a dataclass."""
+    hints = get_type_hints(owner)
+    return {entry.name: hints[entry.name] for entry in fields(owner) if entry.name not in set(without)}
+
+
+def checked_values(
+    section: str, values: Mapping[str, Any], hints: Mapping[str, Any], also: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The values fitted to their hints; a key that is not among them is refused with the nearest one."""
+    prefix = f"{section}." if section else ""
+    allowed = [*also, *hints]
+    for key in values:
+        if key not in hints:
+            raise InputError(
+                f"unknown key {f'{prefix}{key}'!r}{did_you_mean(str(key), allowed)}; "
+                f"allowed{f' in {section}' if section else ''}: {', '.join(allowed)}"
+            )
+    return {key: fit(f"{prefix}{key}", value, hints[key]) for key, value in values.items()}
+
+
+def build(section: str, owner: type, values: dict[str, Any]) -> Any:
+    """Make a dataclass; its own complaints get the section's name before them."""
+    missing = [
+        entry.name
+        for entry in fields(owner)
+        if entry.name not in values and entry.default is MISSING and entry.default_factory is MISSING
+    ]
+    if missing:
+        raise InputError(f"{section}.{missing[0]} is missing")
+    try:
+        return owner(**values)
+    except InputError as error:
+        text = str(error)
+        raise InputError(text if text.startswith(section) else f"{section}: {text}") from error
+
+
+def check_choice(path: str, value: str, choices: Iterable[str]) -> None:
+    """Raise ``InputError`` unless ``value`` is one of ``choices``."""
+    choices = list(choices)
+    if value not in choices:
+        raise InputError(
+            f"{path} must be one of {', '.join(choices)}, not {value!r}{did_you_mean(value, choices)}"
+        )

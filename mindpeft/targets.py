@@ -95,11 +95,11 @@ def _layer_allowed(config: Any, name: str) -> bool:
     layers = getattr(config, "layers_to_transform", None)
     if layers is None or layers == []:
         return True
-    index = _layer_index(name, getattr(config, "layers_pattern", None))
+    index = layer_index(name, getattr(config, "layers_pattern", None))
     return index is not None and index in ([layers] if isinstance(layers, int) else layers)
 
 
-def _layer_index(name: str, patterns: str | list[str] | None) -> int | None:
+def layer_index(name: str, patterns: str | list[str] | None) -> int | None:
     """The first numeric segment (after a segment, and before another), or the one after a pattern's name."""
     if not patterns:
         expressions = [r".*?\.[^.]*\.(\d+)\."]
@@ -122,7 +122,11 @@ def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -
 
 
 def resolve_targets(
-    config: Any, names: Collection[str], linear_names: Callable[[], Collection[str]], model_type: str | None
+    config: Any,
+    names: Collection[str],
+    linear_names: Callable[[], Collection[str]],
+    model_type: str | None,
+    defaults: Mapping[str, list[str] | str] = LORA_TARGETS,
 ) -> set[str] | str:
     """Return the targets that a config will be saved with: defaults filled in, "all-linear" spelled out.
 
@@ -131,18 +135,19 @@ def resolve_targets(
         names: the names of all cells of the base model.
         linear_names: gives the linear cells without the output head; called for "all-linear" only.
         model_type: the base model's ``config.model_type``.
+        defaults: the method's targets by model type.
 
     Raises:
         InputError: there is no default for this model type.
     """
     targets = config.target_modules
     if targets is None:
-        if model_type not in LORA_TARGETS:
+        if model_type not in defaults:
             raise InputError(
                 f"target_modules is not set and there is no default for model_type {model_type!r}; "
                 f"name some cells, such as {_examples(names)}"
             )
-        targets = LORA_TARGETS[model_type]
+        targets = defaults[model_type]
     if isinstance(targets, str):
         if targets.lower() != ALL_LINEAR:
             return targets
@@ -211,6 +216,7 @@ def _warn_of_idle_entries(config: Any, found: list[str], matches: Mapping[str, M
         logger.warning("exclude_modules excluded no cell: %s", config.exclude_modules)
     for attribute in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, attribute, None) or {}
+        patterns = [key for key, value in patterns.items() if not isinstance(value, list)]  # not AdaLoRA's
         idle = [key for key in patterns if not any(re.match(rf"(.*\.)?({key})$", name) for name in found)]
         if idle:
             logger.warning("%s keys that matched no targeted cell: %s", attribute, ", ".join(sorted(idle)))

@@ -185,6 +185,10 @@ class BertPreTrainedModel(PreTrainedModel):
     base_model_prefix = "bert"
     ignored_on_load = (r"embeddings\.position_ids$",)
 
+    def get_input_embeddings(self) -> nn.Cell:
+        """Return the word embedding."""
+        return getattr(self, self.base_model_prefix, self).embeddings.word_embeddings
+
 
 class BertModel(BertPreTrainedModel):
     """The encoder with its pooler: features."""

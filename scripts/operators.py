@@ -2,8 +2,9 @@
 
     python scripts/operators.py > docs/operators.md
 
-Compiles, on the CPU, the training step and the inference graph of a small BERT with LoRA and every task head,
-with the compositions for accelerators chosen, and reads the operators' names from MindSpore's own dump.
+Compiles, on the CPU, the training step and the inference graph of a small BERT with every method (with LoRA,
+every task head), the compositions for accelerators chosen, and reads the operators' names from MindSpore's
+own dump.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import mindpeft.ops.device as device
 
 device.on_cpu = lambda: False  # before the compositions are imported, so that each takes its accelerator form
 
-from mindpeft import LoraConfig, get_peft_model  # noqa: E402
+from mindpeft import LoraConfig, PeftConfig, get_peft_model  # noqa: E402
+from mindpeft.config import supported_methods  # noqa: E402
 from mindpeft.models.bert import HEADS, BertConfig  # noqa: E402
 from mindpeft.train.optim import AdamW  # noqa: E402
 from mindpeft.train.step import EvalStep, TrainStep  # noqa: E402
@@ -41,6 +43,10 @@ FORMS = {
     "Div": "div",
     "IsFinite": "isfinite",
     "LayerNorm": "LayerNorm",
+    "IFFT2": "ifft2",
+    "MatMulExt": "matmul",
+    "ReLU": "relu",
+    "SplitWithSize": "split",
 }
 LABELS = {
     "AutoModelForSequenceClassification": (2,),
@@ -49,24 +55,36 @@ LABELS = {
     "AutoModelForMaskedLM": (2, 8),
 }
 
+BERT = BertConfig(
+    vocab_size=50, hidden_size=128, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128
+)
+
 
 def compile_graphs() -> None:
-    """Compile one training and one inference graph for each task head."""
-    config = BertConfig(
-        vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
-    )
+    """Compile LoRA's graphs for each task head, and every other method's for sequence classification."""
+    lora = LoraConfig(r=4, lora_dropout=0.1, target_modules=["query", "dense", "word_embeddings"])
+    for head in LABELS:
+        compile_steps(head, lora)
+    for method in supported_methods().values():
+        variants = [method, *dict.fromkeys(method.PRESETS.values())]
+        for config_class in variants:
+            print(config_class.__name__, file=sys.stderr)
+            config = config_class(task_type="SEQ_CLS", **config_class.EXAMPLE)
+            compile_steps("AutoModelForSequenceClassification", config)
+
+
+def compile_steps(head: str, config: PeftConfig) -> None:
+    """Compile the training step and the inference graph of a small BERT with an adapter."""
     ids = ms.Tensor(np.ones((2, 8)), ms.int32)
-    for head, label_shape in LABELS.items():
-        model = HEADS[head].from_config(config)
-        lora = LoraConfig(r=4, lora_dropout=0.1, target_modules=["query", "dense", "word_embeddings"])
-        model = get_peft_model(model, lora)
-        model.set_train()
-        labels = ms.Tensor(np.zeros(label_shape), ms.int32)
-        optimizer = AdamW(model, weight_decay=0.1)
-        step = TrainStep(model, ("input_ids", "attention_mask", "labels"), optimizer, accumulation_steps=2)
-        step(ms.Tensor(True), ms.Tensor(1.0, ms.float32), *optimizer.scalars(1, 1e-3), ids, ids, labels)
-        model.set_train(False)
-        EvalStep(model, ("input_ids", "attention_mask", "labels"))(ids, ids, labels)
+    labels = ms.Tensor(np.zeros(LABELS[head]), ms.int32)
+    model = get_peft_model(HEADS[head].from_config(BERT), config)
+    model.set_train()
+    optimizer = AdamW(model, weight_decay=0.1)
+    columns = ("input_ids", "attention_mask", "labels")
+    step = TrainStep(model, columns, optimizer, accumulation_steps=2, hooks=model.training_hooks())
+    step(ms.Tensor(True), ms.Tensor(1.0, ms.float32), *optimizer.scalars(1, 1e-3), ids, ids, labels)
+    model.set_train(False)
+    EvalStep(model, columns)(ids, ids, labels)
 
 
 def operators_in(folder: Path) -> list[str]:

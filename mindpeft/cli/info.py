@@ -16,7 +16,6 @@ from mindpeft.errors import InputError
 if TYPE_CHECKING:
     from mindpeft.convert.checkpoint import Checkpoint
 
-_ADAPTER_CONFIG = "adapter_config.json"
 _MODEL_CONFIG = "config.json"
 _LABELS_SHOWN = 20
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
@@ -66,9 +65,11 @@ def _environment() -> dict[str, Any]:
 
 
 def _describe(path: Path) -> dict[str, Any]:
+    from mindpeft.adapter_files import is_adapter
+
     if not path.exists():
         raise InputError(f"no such file or folder: {path}")
-    if (path / _ADAPTER_CONFIG).is_file():
+    if is_adapter(path):
         return _describe_adapter(path)
     return _describe_checkpoint(path)
 
@@ -92,26 +93,35 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _describe_adapter(path: Path) -> dict[str, Any]:
-    from mindpeft.adapter_files import WEIGHT_NAMES
+    from mindpeft.adapter_files import WEIGHT_NAMES, part_folders
     from mindpeft.config import PeftConfig
     from mindpeft.convert.checkpoint import open_checkpoint
     from mindpeft.data.label_map import LabelMap
 
-    values = PeftConfig.from_pretrained(path).to_dict()
-    facts = {
+    folders = part_folders(path)
+    parts = [PeftConfig.from_pretrained(folder).to_dict() for folder in folders]
+    facts: dict[str, Any] = {
         "kind": "adapter",
         "path": str(path),
-        "method": values["peft_type"],
-        "task_type": values["task_type"],
-        "base_model": values["base_model_name_or_path"],
-        "target_modules": values.get("target_modules"),
+        "method": " + ".join(values["peft_type"] for values in parts),
+        "task_type": parts[0]["task_type"],
+        "base_model": parts[0]["base_model_name_or_path"],
     }
-    facts |= {key: values[key] for key in _METHOD_KEYS if key in values}
-    weights = next((path / name for name in WEIGHT_NAMES if (path / name).is_file()), None)
-    if weights is None:
-        raise InputError(f"{path} holds no adapter weights: neither {' nor '.join(WEIGHT_NAMES)} is there")
-    with open_checkpoint(weights) as checkpoint:
-        facts |= _tensors(checkpoint)
+    for key in ("target_modules", *_METHOD_KEYS):
+        found = [values[key] for values in parts if values.get(key) is not None]
+        facts[key] = found[0] if len(found) == 1 else found or None
+    totals: Counter[str] = Counter()
+    for folder in folders:
+        weights = next((folder / name for name in WEIGHT_NAMES if (folder / name).is_file()), None)
+        if weights is None:
+            raise InputError(
+                f"{folder} holds no adapter weights: neither {' nor '.join(WEIGHT_NAMES)} is there"
+            )
+        with open_checkpoint(weights) as checkpoint:
+            found = _tensors(checkpoint)
+        totals.update({key: found[key] for key in ("parameters", "tensors", "size_mib")})
+        facts["dtype"], facts["files"] = found["dtype"], [*facts.get("files", []), *found["files"]]
+    facts |= {key: round(value, 1) for key, value in totals.items()}
     if (path / "labels.json").is_file():
         facts["labels"] = list(LabelMap.load(path / "labels.json").names)
     return {key: value for key, value in facts.items() if value is not None}

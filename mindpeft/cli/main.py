@@ -9,6 +9,7 @@ import typer
 
 from mindpeft.cli.boundary import Command
 from mindpeft.cli.convert import convert
+from mindpeft.cli.convert_adapter import convert_adapter
 from mindpeft.cli.evaluate import evaluate
 from mindpeft.cli.info import info
 from mindpeft.cli.lists import methods, models
@@ -52,8 +53,19 @@ def _root(
     """
 
 
-for _command in (quickstart, train, evaluate, predict, merge, convert, info, models, methods):
-    _name = "eval" if _command is evaluate else _command.__name__
+for _command in (
+    quickstart,
+    train,
+    evaluate,
+    predict,
+    merge,
+    convert,
+    convert_adapter,
+    info,
+    models,
+    methods,
+):
+    _name = "eval" if _command is evaluate else _command.__name__.replace("_", "-")
     app.command(_name, cls=Command)(_command)
 
 

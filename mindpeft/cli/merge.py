@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mindpeft.cli.output import check_output
 from mindpeft.console import err, out
 from mindpeft.errors import InputError
 
@@ -33,7 +34,7 @@ def merge(
       mindpeft merge my-run --base bert-base -o merged --dtype float16
       mindpeft merge my-run -o merged --max-shard-size 2GB --overwrite
     """
-    _check_output(output, adapter, base, overwrite)
+    check_output(output, [adapter, base], overwrite)
     from mindpeft.cli.run_folder import open_run
     from mindpeft.convert.writer import parse_size
     from mindpeft.device import setup_device
@@ -53,15 +54,3 @@ def merge(
         except InputError as error:
             err.print(f"warning: no tokenizer written: {error}", markup=False)
     out.print(str(output), markup=False)
-
-
-def _check_output(output: Path, adapter: Path, base: Path | None, overwrite: bool) -> None:
-    """Refuse a destination that would lose something."""
-    place = output.resolve()
-    for source in (adapter, base):
-        if source is not None and (place == source.resolve() or place in source.resolve().parents):
-            raise InputError(f"the output folder {output} is or holds {source}; choose another")
-    if output.exists() and not output.is_dir():
-        raise InputError(f"the output folder {output} is a file")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise InputError(f"the output folder {output} is not empty: choose another, or use --overwrite")

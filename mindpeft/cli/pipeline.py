@@ -22,9 +22,10 @@ from mindpeft.files import write_json
 from mindpeft.peft_model import PeftModel, get_peft_model
 from mindpeft.recipe import Recipe
 from mindpeft.train import Trainer, TrainerCallback, TrainingArguments
-from mindpeft.train.checkpoints import find_checkpoint
+from mindpeft.train.checkpoints import find_checkpoint, list_checkpoints
 
 if TYPE_CHECKING:
+    from mindpeft.config import PeftConfig
     from mindpeft.models.pretrained import PreTrainedModel
 
 Metrics = dict[str, dict[str, Any]]
@@ -59,13 +60,31 @@ def run_recipe(recipe: Recipe, *, overwrite: bool = False, resume: bool = False)
         InputError: something about recipe, data, model or output folder is wrong; nothing was written then,
             unless training had begun.
     """
-    args = _arguments(recipe, overwrite, resume)
-    _check_output_dir(args)
+    stages = recipe.stage_recipes()
+    _check_output_dir(recipe, stages, overwrite, resume)
+    splits = load_splits(recipe.data, recipe.seed)
+    previous: Path | None = None
+    for number, stage in enumerate(stages, 1):
+        last = number == len(stages)
+        if resume and not last and (Path(stage.output_dir) / METRICS_FILE).is_file():
+            logger.info("stage %d of %d is done", number, len(stages))
+        else:
+            if not last:
+                logger.info("stage %d of %d", number, len(stages))
+            args = _arguments(stage, overwrite or len(stages) > 1, resume)
+            metrics = _run_stage(recipe, stage, args, splits, previous)
+        previous = Path(stage.output_dir)
+    return metrics
+
+
+def _run_stage(
+    recipe: Recipe, stage: Recipe, args: TrainingArguments, splits: Splits, previous: Path | None
+) -> Metrics:
+    """Train, measure and save one stage, going on from the folder of the one before it."""
     setup_device(recipe.device, recipe.device_id, seed=recipe.seed)
     folder = recipe.model.folder
-    splits = load_splits(recipe.data, recipe.seed)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = _build_model(recipe, splits, folder)
+    model = _build_model(stage, splits, folder, previous)
     max_length = check_max_length(recipe.data.max_length, model.config, tokenizer)
 
     def batches(dataset: TextDataset | None, training: bool = False) -> Features | BucketBatcher | None:
@@ -94,21 +113,27 @@ def run_recipe(recipe: Recipe, *, overwrite: bool = False, resume: bool = False)
     return metrics
 
 
-def _arguments(recipe: Recipe, overwrite: bool, resume: bool) -> TrainingArguments:
+def _arguments(stage: Recipe, overwrite: bool, resume: bool) -> TrainingArguments:
     changes: dict[str, Any] = {}
     if overwrite:
         changes["overwrite_output_dir"] = True
-    if resume:
+    if resume and list_checkpoints(Path(stage.output_dir)):
         changes["resume_from_checkpoint"] = True
-    return recipe.training_arguments(**changes)
+    return stage.training_arguments(**changes)
 
 
-def _check_output_dir(args: TrainingArguments) -> None:
+def _check_output_dir(recipe: Recipe, stages: list[Recipe], overwrite: bool, resume: bool) -> None:
     """Refuse before the slow work begins, as the trainer would after it."""
-    folder = Path(args.output_dir)
+    folder = Path(recipe.output_dir)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"the output folder {folder} is a file")
-    if find_checkpoint(folder, args.resume_from_checkpoint) or args.overwrite_output_dir:
+    if resume:
+        begun = [stage for stage in stages if list_checkpoints(Path(stage.output_dir))]
+        ended = any((Path(stage.output_dir) / METRICS_FILE).is_file() for stage in stages[:-1])
+        if not begun and not ended:
+            find_checkpoint(folder, True)  # says that there is nothing to resume
+        return
+    if overwrite:
         return
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(
@@ -117,20 +142,30 @@ def _check_output_dir(args: TrainingArguments) -> None:
         )
 
 
-def _build_model(recipe: Recipe, splits: Splits, folder: Path) -> PeftModel:
+def _build_model(recipe: Recipe, splits: Splits, folder: Path, previous: Path | None = None) -> PeftModel:
     task = recipe.data.task
     model = load_model(
         folder, head_of_task(task), label_map=splits.label_map, task=task, dtype=recipe.model.dtype
     )
-    config = recipe.peft_config()
-    saved = config.modules_to_save or []
+    configs = recipe.peft_configs()
+    _save_fresh_cells(model, configs)
+    if previous is None:
+        return get_peft_model(model, configs)
+    peft_model = PeftModel.from_pretrained(model, previous, is_trainable=True)
+    peft_model.extend_adapter("default", configs)
+    return peft_model
+
+
+def _save_fresh_cells(model: PreTrainedModel, configs: list[PeftConfig]) -> None:
+    """Have the cells trained and saved that are random, since nobody could use the adapter without them."""
+    saved = {name for config in configs for name in getattr(config, "modules_to_save", None) or []}
     missing = [
         cell for cell in _fresh_cells(model) if cell.rpartition(".")[2] not in saved and cell not in saved
     ]
-    if missing:  # random, so nobody could use the adapter without them
+    keeper = next((config for config in configs if hasattr(config, "modules_to_save")), None)
+    if missing and keeper is not None:
         logger.info("not in the checkpoint, so trained and saved whole: %s", ", ".join(missing))
-        config.modules_to_save = [*saved, *missing]
-    return get_peft_model(model, config)
+        keeper.modules_to_save = [*(keeper.modules_to_save or []), *missing]
 
 
 def _fresh_cells(model: PreTrainedModel) -> list[str]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mindpeft.adapter_files import WEIGHT_NAMES
+from mindpeft.adapter_files import WEIGHT_NAMES, is_adapter, part_folders
 from mindpeft.cli.model_loading import head_of_adapter, head_of_class, load_model
 from mindpeft.config import CONFIG_NAME, PeftConfig, TaskType
 from mindpeft.console import logger
@@ -87,7 +87,7 @@ def open_run(folder: str | Path, base: str | Path | None = None, dtype: str = "f
         InputError: nothing of the kind is there, the base model is missing, or the two don't fit.
     """
     folder = Path(absolute(str(folder)))
-    if (folder / CONFIG_NAME).is_file():
+    if is_adapter(folder):
         return _open_adapter(folder, base, dtype)
     if (folder / _MODEL_CONFIG).is_file() and base is None:
         return _open_whole(folder, dtype)
@@ -104,7 +104,7 @@ def _what_is_missing(folder: Path) -> str:
 
 
 def _open_adapter(folder: Path, base: str | Path | None, dtype: str) -> Run:
-    config = PeftConfig.from_pretrained(folder)
+    config = PeftConfig.from_pretrained(part_folders(folder)[0])
     recipe = _recipe_of(folder)
     base = find_base(folder, config, recipe, base)
     head = head_of_adapter(config, base)
@@ -188,11 +188,11 @@ def _beside(folder: Path, name: str) -> Path | None:
 
 def _numbered_labels(folder: Path) -> LabelMap | None:
     """As many classes as the saved head has rows, where nobody wrote down their names."""
-    path = next((folder / name for name in WEIGHT_NAMES if (folder / name).is_file()), None)
-    if path is None:
-        return None  # reported when the adapter is read
-    with open_checkpoint(path) as tensors:
-        heads = [tensors.info(name).shape for name in tensors if _HEAD_WEIGHT.search(name)]
+    paths = [part / name for part in part_folders(folder) for name in WEIGHT_NAMES if (part / name).is_file()]
+    heads = []
+    for path in paths:  # a missing one is reported when the adapter is read
+        with open_checkpoint(path) as tensors:
+            heads += [tensors.info(name).shape for name in tensors if _HEAD_WEIGHT.search(name)]
     plain = [shape[0] for shape in heads if len(shape) == 2]
     return LabelMap(tuple(f"LABEL_{index}" for index in range(plain[0]))) if plain else None
 

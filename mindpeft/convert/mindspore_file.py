@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mindspore as ms
 
-from mindpeft.convert.tensors import RawTensor, TensorInfo, dtype_name
+from mindpeft.convert.tensors import RawTensor, TensorInfo, dtype_name, is_shape
 from mindpeft.errors import InputError
 
 
@@ -32,6 +32,16 @@ class MindSporeFile:
             name: TensorInfo(name, dtype_name(value.dtype), tuple(value.shape), self.path)
             for name, value in self._tensors.items()
         }
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        """Refuse shapes that the file can't hold: MindSpore would take what else is in memory for values."""
+        for name, info in self.infos.items():
+            if not is_shape(info.shape):
+                raise InputError(f"{self.path} is damaged: tensor {name!r} has shape {info.shape}")
+        claimed, size = sum(info.nbytes for info in self.infos.values()), self.path.stat().st_size
+        if claimed > size:
+            raise InputError(f"{self.path} is damaged: {size} bytes can't hold tensors of {claimed} bytes")
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> RawTensor:
         """A copy of one tensor, or of its leading rows ``start:stop`` alone."""

@@ -15,6 +15,7 @@ from mindpeft.train.schedules import SHAPES
 _INTERVALS = ("no", "steps", "epoch")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "lr_scheduler_type": tuple(SHAPES),
+    "optim": ("adamw", "lorafa"),
     "eval_strategy": _INTERVALS,
     "save_strategy": _INTERVALS,
     "device": ("auto", *DEVICES),
@@ -53,6 +54,8 @@ _REAL: dict[str, tuple[Callable[[Any], bool], str]] = {
     "adam_beta1": _SHARE,
     "adam_beta2": _SHARE,
     "adam_epsilon": _above(0),
+    "loraplus_lr_ratio": _above(0),
+    "loraplus_lr_embedding": _above(0),
     "max_grad_norm": _at_least(0),
     "warmup_ratio": (lambda value: 0 <= value <= 1, "in [0, 1]"),
     "early_stopping_threshold": _at_least(0),
@@ -73,6 +76,9 @@ class TrainingArguments:
         learning_rate: the peak.
         weight_decay: AdamW's, decoupled; biases and norms are spared.
         adam_beta1, adam_beta2, adam_epsilon: AdamW's.
+        optim: ``adamw``; ``lorafa`` for LoRA-FA, which trains only B of a LoRA adapter.
+        loraplus_lr_ratio: LoRA+: B of a LoRA adapter learns at this many times ``learning_rate``.
+        loraplus_lr_embedding: LoRA+: the learning rate of a LoRA adapter's embeddings.
         max_grad_norm: global norm to clip the gradient to; 0 for no clipping.
         lr_scheduler_type: ``linear``, ``cosine`` or ``constant``, after the warm-up.
         warmup_ratio: warm-up's share of all optimizer steps.
@@ -114,6 +120,9 @@ class TrainingArguments:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
+    optim: str = "adamw"
+    loraplus_lr_ratio: float | None = None
+    loraplus_lr_embedding: float = 1e-6
     max_grad_norm: float = 1.0
     lr_scheduler_type: str = "linear"
     warmup_ratio: float = 0.0
@@ -178,6 +187,8 @@ class TrainingArguments:
             raise InputError(f"{name} must be {words}, not {value!r}")
 
     def _check_combinations(self) -> None:
+        if self.optim == "lorafa" and self.loraplus_lr_ratio is not None:
+            raise InputError("loraplus_lr_ratio is for optim=adamw: LoRA-FA trains only B")
         if self.load_best_model_at_end:
             if self.eval_strategy == "no":
                 raise InputError(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Parameter, Tensor, nn
 
 from mindpeft.convert.safetensors_file import SafetensorsFile, write_safetensors
 from mindpeft.convert.tensors import RawTensor
@@ -16,18 +16,26 @@ from mindpeft.errors import InputError
 from mindpeft.files import atomic_folder, read_json, write_json
 from mindpeft.train.callbacks import TrainerState
 from mindpeft.train.optim import AdamW
+from mindpeft.tuners.hooks import TrainingHook
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer_state.json"
 _PREFIX = "checkpoint-"
 _WEIGHT = "parameter."
+_HOOK = "hook."
 
 
-def save_checkpoint(folder: Path, model: nn.Cell, optimizer: AdamW, state: TrainerState) -> None:
+def save_checkpoint(
+    folder: Path,
+    model: nn.Cell,
+    optimizer: AdamW,
+    state: TrainerState,
+    hooks: Sequence[TrainingHook] = (),
+) -> None:
     """Write ``optimizer.safetensors``, ``trainer_state.json`` and the model's own files.
 
-    ``optimizer.safetensors`` holds AdamW's moments and the exact trainable parameters too, since the model's
-    own files may round or rename them.
+    ``optimizer.safetensors`` holds AdamW's moments, the state of the step's hooks, and the exact trainable
+    parameters too, since the model's own files may round or rename them.
     """
     with atomic_folder(folder) as temporary:
         if hasattr(model, "save_pretrained"):
@@ -35,12 +43,13 @@ def save_checkpoint(folder: Path, model: nn.Cell, optimizer: AdamW, state: Train
         weights = zip(optimizer.names, optimizer.parameters, strict=True)
         tensors = [(_WEIGHT + name, RawTensor.from_parameter(parameter)) for name, parameter in weights]
         tensors += [(name, RawTensor.from_numpy(value)) for name, value in optimizer.state_dict().items()]
+        tensors += [(name, RawTensor.from_parameter(value)) for name, value in _hook_state(hooks).items()]
         write_safetensors(temporary / OPTIMIZER_FILE, tensors)
         write_json(temporary / STATE_FILE, state.to_dict())
 
 
-def load_checkpoint(folder: Path, optimizer: AdamW) -> TrainerState:
-    """Restore parameters and moments, and return the state.
+def load_checkpoint(folder: Path, optimizer: AdamW, hooks: Sequence[TrainingHook] = ()) -> TrainerState:
+    """Restore parameters, moments and the hooks' state, and return the state of the run.
 
     Raises:
         InputError: the folder is no checkpoint, or one of other trainable parameters; nothing is changed.
@@ -48,18 +57,31 @@ def load_checkpoint(folder: Path, optimizer: AdamW) -> TrainerState:
     state = read_state(folder)
     tensors = _read(folder)
     _check_weights(folder, tensors, optimizer)
+    _check_hooks(folder, tensors, hooks)
+    own = (_WEIGHT, _HOOK)
     optimizer.load_state_dict(
-        {name: tensor.numpy() for name, tensor in tensors.items() if not name.startswith(_WEIGHT)}
+        {name: tensor.numpy() for name, tensor in tensors.items() if not name.startswith(own)}
     )
     _set_weights(tensors, optimizer)
+    _set_hooks(tensors, hooks)
     return state
 
 
-def load_weights(folder: Path, optimizer: AdamW) -> None:
-    """Restore the trainable parameters alone (the best model at the end)."""
+def _hook_state(hooks: Sequence[TrainingHook]) -> dict[str, Parameter]:
+    return {
+        f"{_HOOK}{index}.{name}": parameter
+        for index, hook in enumerate(hooks)
+        for name, parameter in hook.state().items()
+    }
+
+
+def load_weights(folder: Path, optimizer: AdamW, hooks: Sequence[TrainingHook] = ()) -> None:
+    """Restore the trainable parameters, and what the hooks know of them (the best model at the end)."""
     tensors = _read(folder)
     _check_weights(folder, tensors, optimizer)
+    _check_hooks(folder, tensors, hooks)
     _set_weights(tensors, optimizer)
+    _set_hooks(tensors, hooks)
 
 
 def read_state(folder: Path) -> TrainerState:
@@ -99,6 +121,17 @@ def _set_weights(tensors: dict[str, RawTensor], optimizer: AdamW) -> None:
         # A copy: the file's tensor may share its memory, and a step writes into the parameter's.
         value = Tensor(np.array(tensors[_WEIGHT + name].numpy())).astype(parameter.dtype)
         parameter.set_data(value)
+
+
+def _check_hooks(folder: Path, tensors: dict[str, RawTensor], hooks: Sequence[TrainingHook]) -> None:
+    wanted = {name: tuple(value.shape) for name, value in _hook_state(hooks).items()}
+    if wanted != {name: tuple(t.shape) for name, t in tensors.items() if name.startswith(_HOOK)}:
+        raise InputError(f"{folder} is a checkpoint of another method: the state of its steps does not fit")
+
+
+def _set_hooks(tensors: dict[str, RawTensor], hooks: Sequence[TrainingHook]) -> None:
+    for name, parameter in _hook_state(hooks).items():
+        parameter.set_data(Tensor(np.array(tensors[name].numpy())))
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

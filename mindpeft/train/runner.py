@@ -15,6 +15,7 @@ from mindpeft.errors import InputError
 from mindpeft.train.batches import Batch, model_inputs
 from mindpeft.train.optim import AdamW
 from mindpeft.train.step import EvalStep, TrainStep, accepted_arguments
+from mindpeft.tuners.hooks import TrainingHook
 
 
 class CompileClock:
@@ -71,6 +72,8 @@ class StepRunner:
         self.model = model
         self.accepted = accepted_arguments(model)
         self.optimizer = optimizer
+        trains = optimizer is not None and hasattr(model, "training_hooks")
+        self.hooks: list[TrainingHook] = model.training_hooks() if trains else []
         self.accumulation_steps = accumulation_steps
         self.max_grad_norm = max_grad_norm
         self.train_clock = CompileClock()
@@ -92,7 +95,7 @@ class StepRunner:
         if self._train_step is None:
             self._train_columns = columns
             self._train_step = TrainStep(
-                self.model, columns, self.optimizer, self.accumulation_steps, self.max_grad_norm
+                self.model, columns, self.optimizer, self.accumulation_steps, self.max_grad_norm, self.hooks
             )
         if columns != self._train_columns:
             raise InputError(
@@ -107,7 +110,10 @@ class StepRunner:
             loss, norm = self._train_step(Tensor(update), Tensor(share, ms.float32), *scalars, *tensors)
             return float(loss.asnumpy()), float(norm.asnumpy())
 
-        return self.train_clock.call(_key(inputs), run)
+        result = self.train_clock.call(_key(inputs), run)
+        for hook in self.hooks if update else ():
+            hook.after_step(step)
+        return result
 
     def evaluate(self, batch: Batch) -> tuple[float | None, np.ndarray]:
         """Run one batch and return its loss (None without labels) and its logits."""

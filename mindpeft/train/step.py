@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from mindpeft.errors import InputError, did_you_mean
 from mindpeft.train.optim import AdamW, flatten
+from mindpeft.tuners.hooks import TrainingHook, gradient_slices
 
+_CALLS_PER_PARAMETER = 50
 _CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
 
 
 def accepted_arguments(model: nn.Cell) -> list[str]:
-    """The names of the arguments that ``model`` takes; those of the model inside for a ``PeftModel``."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The names of the arguments that ``model`` takes; those of the model inside for a ``PeftModel``.
+
+    A layer around the whole model may take further ones, which it lists as ``argument_names``.
+    """
+    if hasattr(model, "get_base_model"):
+        if hasattr(model.base_model, "argument_names"):
+            return list(model.base_model.argument_names)
+        model = model.get_base_model()
     return [
         name
-        for name, parameter in inspect.signature(base.construct).parameters.items()
+        for name, parameter in inspect.signature(model.construct).parameters.items()
         if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     ]
 
@@ -62,6 +71,7 @@ class TrainStep(nn.Cell):
         optimizer: over the parameters of ``model``.
         accumulation_steps: micro-batches per update.
         max_grad_norm: global norm to clip to, 0 for no clipping.
+        hooks: what the method of the adapter adds to the loss, and does after each update.
     """
 
     def __init__(
@@ -71,6 +81,7 @@ class TrainStep(nn.Cell):
         optimizer: AdamW,
         accumulation_steps: int = 1,
         max_grad_norm: float = 1.0,
+        hooks: Sequence[TrainingHook] = (),
     ):
         super().__init__(auto_prefix=False)
         self.model = model
@@ -81,15 +92,24 @@ class TrainStep(nn.Cell):
             self.buffer = optimizer.flat_buffer("accumulated_gradient")
         self.max_grad_norm = max_grad_norm
         self.divide = ops.RealDiv()
+        # Loops over parameters are unrolled as nested calls, which MindSpore limits to 1,000.
+        ms.set_context(max_call_depth=max(1000, _CALLS_PER_PARAMETER * len(optimizer.parameters)))
+        self.hooks = nn.CellList(list(hooks), auto_prefix=False)
+        places = {id(parameter): index for index, parameter in enumerate(optimizer.parameters)}
+        self.watched = tuple(tuple(places[id(parameter)] for parameter in hook.watched) for hook in hooks)
         self.loss_and_gradients = ms.value_and_grad(self.loss, None, weights=optimizer.parameters)
 
     def loss(self, *columns: Tensor) -> Tensor:
-        return self.model(*_arrange(columns, self.positions))[0].astype(ms.float32)
+        loss = self.model(*_arrange(columns, self.positions))[0].astype(ms.float32)
+        for hook in self.hooks:
+            loss = loss + hook.penalty()
+        return loss
 
     def construct(
         self,
         update: Tensor,
         share: Tensor,
+        step: Tensor,
         learning_rate: Tensor,
         step_size: Tensor,
         root_scale: Tensor,
@@ -100,33 +120,47 @@ class TrainStep(nn.Cell):
         Args:
             update: () bool, whether this micro-batch ends its group; ignored without accumulation.
             share: () float32, the micro-batch's weight in its group, one over the group's size.
-            learning_rate, step_size, root_scale: what :meth:`AdamW.scalars` gives for this update.
+            step, learning_rate, step_size, root_scale: what :meth:`AdamW.scalars` gives for this update.
             columns: the batch.
 
         Returns:
-            The micro-batch's own loss, and the gradient's global norm before clipping (0 without an update).
+            The micro-batch's own loss with the hooks' penalties, and the gradient's global norm before
+            clipping (0 without an update).
         """
         loss, gradients = self.loss_and_gradients(*columns)
         gradient = flatten(gradients)
         if not self.accumulates:
-            return loss, self.apply(gradient, learning_rate, step_size, root_scale)
+            return loss, self.apply(gradient, step, learning_rate, step_size, root_scale)
         gradient = self.buffer + gradient * share
         norm = ops.zeros_like(loss)
         if update:
-            norm = self.apply(gradient, learning_rate, step_size, root_scale)
+            norm = self.apply(gradient, step, learning_rate, step_size, root_scale)
             ops.assign(self.buffer, ops.zeros_like(gradient))
         else:
             ops.assign(self.buffer, gradient)
         return loss, norm
 
-    def apply(self, gradient: Tensor, learning_rate: Tensor, step_size: Tensor, root_scale: Tensor) -> Tensor:
+    def apply(
+        self, gradient: Tensor, step: Tensor, learning_rate: Tensor, step_size: Tensor, root_scale: Tensor
+    ) -> Tensor:
         norm = ops.sqrt(ops.sum(gradient * gradient))
         if ops.isfinite(norm):
             if self.max_grad_norm > 0:
                 factor = self.divide(ops.ones_like(norm) * self.max_grad_norm, norm + _CLIP_EPS)
                 gradient = gradient * ops.minimum(factor, 1.0)
-            self.optimizer(gradient, learning_rate, step_size, root_scale)
+            values = self.optimizer(gradient, learning_rate, step_size, root_scale)
+            self.call_hooks(values, gradient, step)
         return norm
+
+    def call_hooks(self, values: tuple[Tensor, ...], gradient: Tensor, step: Tensor) -> None:
+        if len(self.watched) > 0:
+            gradients = gradient_slices(gradient, self.optimizer.sizes, self.optimizer.shapes)
+            for i in range(len(self.watched)):
+                own_values, own_gradients = (), ()
+                for index in self.watched[i]:
+                    own_values = (*own_values, values[index])
+                    own_gradients = (*own_gradients, gradients[index])
+                self.hooks[i].after_update(own_values, own_gradients, step)
 
 
 class EvalStep(nn.Cell):

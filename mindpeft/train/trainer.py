@@ -40,8 +40,8 @@ from mindpeft.train.curves import CURVES_FILE, save_curves
 from mindpeft.train.evaluation import ComputeMetrics, PredictionOutput, evaluate
 from mindpeft.train.interrupt import InterruptGuard, TrainingInterrupted
 from mindpeft.train.log import LogFileCallback
+from mindpeft.train.lora_optim import make_optimizer
 from mindpeft.train.metrics import Metrics
-from mindpeft.train.optim import AdamW
 from mindpeft.train.progress import ProgressCallback
 from mindpeft.train.report import RunReport, count_parameters, peak_memory_bytes
 from mindpeft.train.runner import StepRunner
@@ -110,8 +110,9 @@ class Trainer:
 
         Args:
             resume_from_checkpoint: True for the last checkpoint in ``output_dir``, or a checkpoint's folder;
-                default: what the arguments say. Without dropout the run continues as if it had not been
-                interrupted; the random stream of dropout begins anew.
+                default: what the arguments say. The run continues as if it had not been interrupted, but
+                for what is random in it: dropout, and the gates of diff pruning until they are pruned,
+                begin their random numbers anew.
 
         Raises:
             InputError: nothing to train on, ``output_dir`` not empty, or a checkpoint that does not fit.
@@ -141,13 +142,13 @@ class Trainer:
     def _begin(self, batches: Batches, resume: Path | None) -> None:
         """Make optimizer, schedule and state for a new run, or as the checkpoint has them."""
         args = self.args
-        betas = (args.adam_beta1, args.adam_beta2)
-        self.optimizer = AdamW(self.model, betas, args.adam_epsilon, args.weight_decay)
-        self.state = load_checkpoint(resume, self.optimizer) if resume else TrainerState()
-        self.control = TrainerControl()
+        self.optimizer = make_optimizer(self.model, args)
         self._runner = StepRunner(
             self.model, self.optimizer, args.gradient_accumulation_steps, args.max_grad_norm
         )
+        hooks = self._runner.hooks
+        self.state = load_checkpoint(resume, self.optimizer, hooks) if resume else TrainerState()
+        self.control = TrainerControl()
         self._steps_per_epoch = math.ceil(len(batches) / args.gradient_accumulation_steps)
         total = (
             args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * self._steps_per_epoch)
@@ -301,7 +302,7 @@ class Trainer:
         folder = checkpoint_folder(self.output_dir, state.global_step)
         if state.best_step == state.global_step:
             state.best_model_checkpoint = str(folder)
-        save_checkpoint(folder, self.model, self.optimizer, state)
+        save_checkpoint(folder, self.model, self.optimizer, state, self._runner.hooks)
         remove_old_checkpoints(self.output_dir, state, self.args.save_total_limit)
         self._call("on_save")
 
@@ -329,7 +330,7 @@ class Trainer:
     def _finish(self) -> TrainOutput:
         state = self.state
         if self.args.load_best_model_at_end and state.best_model_checkpoint:
-            load_weights(Path(state.best_model_checkpoint), self.optimizer)
+            load_weights(Path(state.best_model_checkpoint), self.optimizer, self._runner.hooks)
             logger.info("took the best model, of step %d", state.best_step)
         saved_to = self.save_model()
         save_curves(self.output_dir / CURVES_FILE, state.log_history)
@@ -342,6 +343,10 @@ class Trainer:
             "train_samples_per_second": self.report.samples_per_second,
             "graphs_compiled": self.report.graphs_compiled,
             "compile_seconds": self.report.compile_seconds,
+            "median_step_seconds": self.report.median_step_seconds,
+            "peak_memory_bytes": self.report.peak_memory_bytes,
+            "trainable_parameters": self.report.trainable_parameters,
+            "total_parameters": self.report.total_parameters,
             "epoch": state.epoch,
         }
         return TrainOutput(state.global_step, loss, metrics)

@@ -1,5 +1,35 @@
-"""The methods, one file each; importing this package registers them all."""
+"""The methods, one file each; importing this package registers them all. A method is one line here."""
 
-from mindpeft.tuners.lora import LoraConfig
-
-__all__ = ["LoraConfig"]
+from mindpeft.tuners.adalora import AdaLoraConfig as AdaLoraConfig
+from mindpeft.tuners.beft import BeftConfig as BeftConfig
+from mindpeft.tuners.bitfit import BitFitConfig as BitFitConfig
+from mindpeft.tuners.boft import BOFTConfig as BOFTConfig
+from mindpeft.tuners.bottleneck import AdapterPlusConfig as AdapterPlusConfig
+from mindpeft.tuners.bottleneck import BottleneckConfig as BottleneckConfig
+from mindpeft.tuners.bottleneck import CompacterConfig as CompacterConfig
+from mindpeft.tuners.bottleneck import CompacterPlusPlusConfig as CompacterPlusPlusConfig
+from mindpeft.tuners.bottleneck import DoubleSeqBnConfig as DoubleSeqBnConfig
+from mindpeft.tuners.bottleneck import DoubleSeqBnInvConfig as DoubleSeqBnInvConfig
+from mindpeft.tuners.bottleneck import ParBnConfig as ParBnConfig
+from mindpeft.tuners.bottleneck import ScaledParBnConfig as ScaledParBnConfig
+from mindpeft.tuners.bottleneck import SeqBnConfig as SeqBnConfig
+from mindpeft.tuners.bottleneck import SeqBnInvConfig as SeqBnInvConfig
+from mindpeft.tuners.diff_pruning import DiffPruningConfig as DiffPruningConfig
+from mindpeft.tuners.fourierft import FourierFTConfig as FourierFTConfig
+from mindpeft.tuners.freeze import FullConfig as FullConfig
+from mindpeft.tuners.freeze import LayerFreezingConfig as LayerFreezingConfig
+from mindpeft.tuners.hra import HRAConfig as HRAConfig
+from mindpeft.tuners.ia3 import IA3Config as IA3Config
+from mindpeft.tuners.ln_tuning import LNTuningConfig as LNTuningConfig
+from mindpeft.tuners.loha import LoHaConfig as LoHaConfig
+from mindpeft.tuners.lokr import LoKrConfig as LoKrConfig
+from mindpeft.tuners.lora import LoraConfig as LoraConfig
+from mindpeft.tuners.miss import MissConfig as MissConfig
+from mindpeft.tuners.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
+from mindpeft.tuners.oft import OFTConfig as OFTConfig
+from mindpeft.tuners.p_tuning import PromptEncoderConfig as PromptEncoderConfig
+from mindpeft.tuners.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
+from mindpeft.tuners.prompt_tuning import PromptTuningConfig as PromptTuningConfig
+from mindpeft.tuners.road import RoadConfig as RoadConfig
+from mindpeft.tuners.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+from mindpeft.tuners.vera import VeraConfig as VeraConfig

@@ -1,13 +1,10 @@
-"""The adapters of one model: planned against it, kept on the host, put into its active slots in turn."""
+"""The adapters of one model: kept on the host, put into its slots in turn."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 
-import mindspore as ms
 import numpy as np
 from mindspore import nn
 
@@ -15,154 +12,164 @@ from mindpeft.adapter_files import own_name, sort_tensors, stray_names
 from mindpeft.config import PeftConfig
 from mindpeft.errors import InputError, did_you_mean
 from mindpeft.parameters import Place
-from mindpeft.tuners.base import Tensors, TunerLayer, slot_dtype
+from mindpeft.tuners.adapter import Adapter, Part
+from mindpeft.tuners.base import Tensors
+from mindpeft.tuners.hooks import TrainingHook
+from mindpeft.tuners.merging import Merging
 from mindpeft.tuners.plan import BaseModel, Plan
-
-
-@dataclass
-class Adapter:
-    """One adapter on the host.
-
-    Attributes:
-        plan: what it is.
-        layers: path -> its tensors, in their true shapes.
-        overrides: base parameter -> its value while this adapter is active.
-        trainable: whether its parameters are trained while it is active.
-    """
-
-    plan: Plan
-    layers: dict[str, Tensors]
-    overrides: Tensors = field(default_factory=dict)
-    trainable: bool = True
-
-    def scaling(self, path: str) -> float:
-        """The scaling at a cell; 0 where the adapter does not reach."""
-        layer = self.plan.classes.get(path)
-        return layer.scaling_of(self.plan.config, path) if layer else 0.0
+from mindpeft.tuners.rack import Rack, Seat, forget_compiled_graphs
 
 
 class AdapterBank:
     """All adapters of a model.
 
-    The active adapter's values live in the slots; ``write_back`` brings them home. Parameters of the base
+    The active adapters' values live in the slots; ``write_back`` brings them home. Parameters of the base
     model that an adapter replaces (trained biases, saved heads) are swapped with it, while the base's own
     values wait in ``own``; without an adapter the model is exactly the base model, biases and heads included.
 
     Args:
         model: a bare model; the first adapter freezes its parameters.
+        holder: see ``Rack``.
         autocast: keep adapters of half-precision cells in float32.
     """
 
-    def __init__(self, model: nn.Cell, autocast: bool = True) -> None:
-        self.autocast = autocast
+    def __init__(self, model: nn.Cell, holder: nn.Cell, autocast: bool = True) -> None:
         self.base = BaseModel(model)
-        self.layers: dict[str, TunerLayer] = {}
+        self.rack = Rack(self.base, holder, autocast)
         self.adapters: dict[str, Adapter] = {}
         self.own: Tensors = {}
-        self.active: str | None = None
+        self._split: set[str] = set()  # the base parameters that some adapter took something out of
+        self.active: list[str] = []
         self.merged: list[str] = []
+        self._seats: list[Seat] = []
         self._unmerged: list[tuple[Place, np.ndarray]] = []
-        self._tied: list[tuple[Place, ms.Parameter]] = []
-        self._enabled = True
-
-    def plan(self, config: PeftConfig) -> Plan:
-        """Work out what a config means for this model; nothing is touched. Raises ``InputError``."""
-        return self.base.plan(config, self.layers)
+        self.enabled = True
 
     # Adding and removing ----------------------------------------------------------------------------------
 
     def add(
-        self, name: str, plan: Plan, tensors: Tensors | None, trainable: bool, slot_rank: int | None
+        self,
+        name: str,
+        configs: list[PeftConfig],
+        tensors: list[Tensors] | None,
+        trainable: bool,
+        slot_rank: int | None = None,
     ) -> None:
-        """Add an adapter: fresh, or from the tensors of a file. The first one becomes the active one.
+        """Add an adapter: fresh, or from the tensors of files. The first one becomes the active one.
+
+        Args:
+            name: a new name.
+            configs: one for each of its methods.
+            tensors: for each config, what its file holds; ``None`` for a fresh adapter.
+            trainable: whether it is trained while it is active.
+            slot_rank: keep room for adapters of up to this rank.
 
         Raises:
-            InputError: the name is taken, or the tensors don't fit; the model is then as it was.
+            InputError: the name is taken, or config or tensors don't fit; the model is then as it was.
         """
         if name in self.adapters:
             raise InputError(
                 f"there is an adapter {name!r} already; choose another name or delete_adapter({name!r})"
             )
-        self._require_plain("add an adapter")
-        adapter = Adapter(plan, {}, {}, trainable)
-        if tensors is None:
-            adapter.layers = {
-                path: cls.initial_tensors(self.base.cells[path], plan.config, path)
-                for path, cls in plan.classes.items()
-            }
-            adapter.overrides = {key: self._own_value(key) for key in sorted(plan.trained)}
-        else:
-            adapter.layers, adapter.overrides = self._fit(plan, tensors)
+        self.require_plain("add an adapter")
+        plans = [self.base.plan(config, from_file=tensors is not None) for config in configs]
+        with self._whole_weights():
+            adapter = self._made(plans, tensors, trainable)
+        room = [] if slot_rank is None else [self.base.plan(config.roomy(slot_rank)) for config in configs]
         if not self.adapters:
             for parameter in self.base.model.get_parameters():
                 parameter.requires_grad = False
-        self._make_room(plan, slot_rank)
-        self._untie(plan)
-        for key in adapter.overrides:
-            self.own.setdefault(key, self.base.places[key].read())
+        self._settle(adapter, room)
         self.adapters[name] = adapter
-        if self.active is None:
-            self.activate(name)
+        if not self.active:
+            self.activate([name])
 
-    def _own_value(self, key: str) -> np.ndarray:
+    def extend(self, name: str, configs: list[PeftConfig]) -> None:
+        """Freeze what an adapter has, and add fresh parts to it that are trained; base parameters go on.
+
+        Raises:
+            InputError: there is no such adapter, or a config does not fit; the model is then as it was.
+        """
+        self.require(name)
+        self.require_plain("extend an adapter")
+        self.write_back()
+        plans = [self.base.plan(config) for config in configs]
+        with self._whole_weights():
+            addition = self._made(plans, None, True)
+        adapter = self.adapters[name]
+        for part in adapter.parts:
+            part.trainable = False
+        adapter.parts += addition.parts
+        adapter.overrides = addition.overrides | adapter.overrides
+        adapter.trainable = True
+        self._settle(adapter, [])
+        if name in self.active:
+            self.activate(self.active)
+
+    def _settle(self, adapter: Adapter, room: list[Plan]) -> None:
+        """Make slots for an adapter, and keep the base model's values of what it replaces."""
+        self.rack.seat(adapter.parts, room)
+        for part in adapter.parts:
+            self.rack.untie(part.plan)
+        taken = self._taken_out([adapter])
+        self._split |= taken.keys()
+        for key in (*adapter.overrides, *taken):
+            self.own.setdefault(key, self.base.places[key].read())
+
+    def _made(self, plans: list[Plan], tensors: list[Tensors] | None, trainable: bool) -> Adapter:
+        """The adapter of some plans; the model is left as it is."""
+        adapter = Adapter([], {}, trainable)
+        for index, plan in enumerate(plans):
+            plan.config.inference_mode = not trainable
+            values, overrides = self._fresh(plan) if tensors is None else self._fit(plan, tensors[index])
+            initial = {
+                path: values[path] if tensors is None else kind.initial_tensors(plan.sites[path])
+                for path, kind in plan.classes.items()
+                if kind.takes_out(plan.sites[path])
+            }
+            adapter.parts.append(Part(plan, values, initial))
+            adapter.overrides |= overrides
+        return adapter
+
+    @contextmanager
+    def _whole_weights(self) -> Iterator[None]:
+        """Inside, nothing is taken out of the base model's weights."""
+        self._override([], self._split)
+        try:
+            yield
+        finally:
+            self._override([self.adapters[name] for name in self.active], self._split)
+
+    def _taken_out(self, adapters: list[Adapter]) -> Tensors:
+        """What adapters took out of the base model's parameters, in float32, by the parameters' names."""
+        taken: Tensors = {}
+        for part in (part for adapter in adapters for part in adapter.parts):
+            for path, initial in part.initial.items():
+                site = part.plan.sites[path]
+                for attribute, value in part.plan.classes[path].taken_out(site, initial).items():
+                    key = self.base.name_of(site.cell, attribute)
+                    taken[key] = taken[key] + value if key in taken else value
+        return taken
+
+    def _fresh(self, plan: Plan) -> tuple[dict[str, Tensors], Tensors]:
+        """The tensors and overrides of a new adapter."""
+        values = {path: kind.initial_tensors(plan.sites[path]) for path, kind in plan.classes.items()}
+        return values, {key: self.own_value(key) for key in sorted(plan.replaced)}
+
+    def own_value(self, key: str) -> np.ndarray:
         """The base model's own value of a parameter, whatever adapter is active."""
         return self.own[key].copy() if key in self.own else self.base.places[key].read()
 
-    def _make_room(self, plan: Plan, slot_rank: int | None) -> None:
-        """Wrap the cells that aren't yet, and let every slot hold the adapter (and ``slot_rank``)."""
-        roomy = plan.config if slot_rank is None else replace(plan.config, r=slot_rank, rank_pattern={})
-        changed = False
-        for path, layer_class in plan.classes.items():
-            cell = self.base.cells[path]
-            if path not in self.layers:
-                self._wrap(path, layer_class(cell, path, plan.shapes[path], slot_dtype(cell, self.autocast)))
-                changed = True
-            changed |= self.layers[path].reserve(plan.shapes[path])
-            changed |= self.layers[path].reserve(layer_class.tensor_shapes(cell, roomy, path))
-        if changed:
-            forget_compiled_graphs()
-
-    def _untie(self, plan: Plan) -> None:
-        """Give saved cells parameters of their own where others share them (a head tied to an embedding)."""
-        shared = {id(place.parameter) for key, place in self.base.places.items() if key not in plan.copies}
-        for key in plan.copies:
-            place = self.base.places[key]
-            if id(place.parameter) in shared:
-                own = ms.Parameter(place.parameter.copy(), name=key, requires_grad=False)
-                self._tied.append((place, place.put(own)))
-                forget_compiled_graphs()
-
-    def _wrap(self, path: str, layer: TunerLayer) -> None:
-        layer.set_train(self.base.cells[path].training)
-        self._replace(path, layer)
-        self.layers[path] = layer
-
-    def _replace(self, path: str, cell: nn.Cell) -> None:
-        """Put a cell at a path. MindSpore then renames the parameters under it; the names are put back."""
-        names = [(parameter, parameter.name) for parameter in cell.get_parameters()]
-        parent_path, _, child = path.rpartition(".")
-        parent = self.base.cells[parent_path] if parent_path else self.base.model
-        if isinstance(parent, nn.SequentialCell | nn.CellList):
-            parent[int(child)] = cell
-        else:
-            setattr(parent, child, cell)
-        for parameter, name in names:
-            parameter.name = name
-
-    def delete(self, name: str) -> str | None:
-        """Forget an adapter; if it was active, the first of the others becomes so. Returns the active one."""
-        self._require(name)
-        self._require_plain("delete an adapter")
+    def delete(self, name: str) -> None:
+        """Forget an adapter; if it was the only active one, the first of the others becomes so."""
+        self.require(name)
+        self.require_plain("delete an adapter")
         self.write_back()
         del self.adapters[name]
-        if self.active == name:
-            self.active = None
-            rest = next(iter(self.adapters), None)
-            if rest is None:
-                self._show(None)
-            else:
-                self.activate(rest)
-        return self.active
+        if name in self.active:
+            rest = [other for other in self.active if other != name] or list(self.adapters)[:1]
+            self.active = []
+            self.activate(rest)
 
     def unload(self, keep_values: bool) -> nn.Cell:
         """Take the layers out again and return the bare model.
@@ -171,173 +178,214 @@ class AdapterBank:
             keep_values: leave the active adapter's biases and heads in place; else the base's own return.
         """
         if not keep_values:
-            self._show(None)
-            for place, parameter in self._tied:
-                place.put(parameter)
-        for path in self.layers:
-            self._replace(path, self.base.cells[path])
-        self.layers.clear()
-        self.active = None
-        forget_compiled_graphs()
+            self._show([])
+        self.rack.clear(keep_values)
+        self.active, self._seats = [], []
         return self.base.model
 
     # Switching: parameter values only ---------------------------------------------------------------------
 
-    def activate(self, name: str) -> None:
-        """Make an adapter the active one. Nothing recompiles, unless it trains with another dropout rate."""
-        self._require(name)
-        self._require_plain("switch adapters")
+    def activate(self, names: list[str]) -> None:
+        """Make these adapters the active ones, acting in this order.
+
+        Nothing recompiles, unless more act together than ever before or they train with another dropout rate.
+        """
+        for name in names:
+            self.require(name)
+        self.require_plain("switch adapters")
         self.write_back()
-        self.active = name
-        self._show(self.adapters[name])
+        self.active = list(names)
+        self._show([self.adapters[name] for name in names])
 
     def write_back(self) -> None:
-        """Copy the active adapter's values from the model to the host."""
-        if self.active is None or self.merged or not self._enabled:
-            return  # what is in the model now is not the adapter's; the host has it
-        adapter = self.adapters[self.active]
-        adapter.layers = {
-            path: self.layers[path].read(shapes) for path, shapes in adapter.plan.shapes.items()
-        }
-        adapter.overrides = {key: self.base.places[key].read() for key in adapter.overrides}
+        """Copy the active adapters' values from the model to the host."""
+        if self.merged or not self.enabled:
+            return  # what is in the model now is not the adapters'; the host has it
+        for seat in self._seats:
+            path, plan = seat.slot.path, seat.part.plan
+            seat.part.tensors[path] = seat.slot.read(plan.shapes[path])
+            if seat.part.hook is not None:
+                seat.part.hook.write_back()
+        for name in self.active:
+            adapter = self.adapters[name]
+            adapter.overrides = {key: self.base.places[key].read() for key in adapter.overrides}
 
-    def _show(self, adapter: Adapter | None) -> None:
-        """Put an adapter's values into the model; ``None`` empties the slots and restores the base's own."""
+    def training_hooks(self) -> list[TrainingHook]:
+        """Make anew what the active adapters' methods add to every training step."""
+        hooks = []
+        for adapter in (self.adapters[name] for name in self.active):
+            for part in adapter.parts:
+                slots = {seat.slot.path: seat.slot for seat in self._seats if seat.part is part}
+                trains = adapter.trainable and part.trainable
+                part.hook = part.plan.config.training_hook(slots, part.plan.shapes) if trains else None
+                hooks += [part.hook] if part.hook is not None else []
+        return hooks
+
+    def _show(self, adapters: list[Adapter]) -> None:
+        """Put the values of adapters into the model; none empties the slots and restores the base's own."""
+        self._seats = self.rack.seat([part for adapter in adapters for part in adapter.parts])
+        training = [adapter for adapter in adapters if adapter.trainable]
+        trainable = {id(part) for adapter in training for part in adapter.parts if part.trainable}
+        taken = {seat.slot for seat in self._seats}
+        for slot in self.rack:
+            if slot not in taken:
+                slot.fill({}, frozenset())
         stale = False
-        for path, layer in self.layers.items():
-            tensors = adapter.layers.get(path, {}) if adapter else {}
-            trainable = bool(tensors) and adapter.trainable
-            layer.fill(tensors, trainable)
-            if trainable:
-                stale |= layer.configure(adapter.plan.config)
-        self._scale(adapter)
-        self._override(adapter)
-        self._mark_trained(adapter)
+        for seat in self._seats:
+            slot, tensors = seat.slot, seat.part.tensors[seat.slot.path]
+            trains = id(seat.part) in trainable
+            slot.fill(tensors, slot.trained(seat.site, tensors) if trains else frozenset())
+            stale |= slot.configure(seat.part.plan.config, trains)
         if stale:
             forget_compiled_graphs()
+        self._scale(on=True)
+        self._override(adapters)
+        self._mark_trained(adapters)
 
-    def _scale(self, adapter: Adapter | None) -> None:
-        for path, layer in self.layers.items():
-            layer.set_scaling(adapter.scaling(path) if adapter else 0.0)
+    def _scale(self, on: bool) -> None:
+        """Switch the taken slots on or off; the others are always off."""
+        wanted = {seat.slot: seat.slot.scaling_of(seat.site) for seat in self._seats} if on else {}
+        stale = [slot.set_scaling(wanted.get(slot, 0.0)) for slot in self.rack]
+        if any(stale):
+            forget_compiled_graphs()
 
-    def _override(self, adapter: Adapter | None) -> None:
-        for key, own in self.own.items():
-            self.base.places[key].write(adapter.overrides.get(key, own) if adapter else own)
+    def _override(self, adapters: list[Adapter], keys: Collection[str] | None = None) -> None:
+        """Give base parameters the values that they have with these adapters: all of them, or some."""
+        taken = self._taken_out(adapters)
+        values = {key: self.own[key].astype(np.float32) - value for key, value in taken.items()}
+        values |= {key: value for adapter in adapters for key, value in adapter.overrides.items()}
+        for key in self.own if keys is None else keys:
+            self.base.places[key].write(values.get(key, self.own[key]))
 
-    def _mark_trained(self, adapter: Adapter | None) -> None:
-        trained = adapter.plan.trained if adapter and adapter.trainable else set()
+    def _mark_trained(self, adapters: list[Adapter]) -> None:
+        trained = set().union(*(adapter.trained for adapter in adapters if adapter.trainable))
         for key in self.own:
-            self.base.places[key].parameter.requires_grad = (
-                key in trained and not self.base.places[key].is_statistic
-            )
+            place = self.base.places[key]
+            place.parameter.requires_grad = key in trained and not place.is_statistic
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The model is the bare base model inside the block; blocks may be nested."""
-        if not self._enabled:
+        if not self.enabled:
             yield
             return
         merged = self.merged
         if merged:
             self.unmerge()
         self.write_back()
-        self._enabled = False
-        self._scale(None)
-        self._override(None)
+        self.enabled = False
+        self._scale(on=False)
+        self._override([])
         try:
             yield
         finally:
-            self._enabled = True
-            active = self.adapters[self.active] if self.active else None
-            self._scale(active)
-            self._override(active)
+            self.enabled = True
+            self._scale(on=True)
+            self._override([self.adapters[name] for name in self.active])
             if merged:
                 self.merge(merged)
 
     # Merging ----------------------------------------------------------------------------------------------
 
     def merge(self, names: list[str] | None = None, safe: bool = False, keep: bool = True) -> None:
-        """Add adapters' float32 deltas to the base weights and switch the slots off.
+        """Merge adapters into the base weights, in float32, and switch the slots off.
 
         Args:
-            names: the adapters; default: the active one.
+            names: the adapters; default: the active ones.
             safe: refuse, before anything is changed, if a merged weight would not be finite.
             keep: keep the original weights on the host, so that ``unmerge`` restores them bit by bit.
+
+        Raises:
+            InputError: an unknown name, a method that can't be merged, or values that are not finite.
         """
-        names = ([self.active] if self.active else []) if names is None else list(names)
+        names = list(self.active if names is None else names)
         for name in names:
-            self._require(name)
-        self._require_plain("merge")
+            self.require(name)
+        self.require_plain("merge")
         self.write_back()
-        if safe:
-            for place, value in self._merged_values(names):
-                if not np.isfinite(value.astype(np.float32)).all():
-                    where = place.parameter.name
-                    raise InputError(
-                        f"merging {', '.join(names)} gives values that are not finite at {where!r}"
-                    )
-        for place, value in self._merged_values(names):
+        adapters = [self.adapters[name] for name in names]
+        merging = Merging(self.base, list(self.rack.slots), [part for a in adapters for part in a.parts])
+        self._override(adapters, self._split)
+        try:
+            merging.check(safe)
+        except InputError:
+            self._override([self.adapters[name] for name in self.active], self._split)
+            raise
+        for place, value in merging.values():
+            merging.warn_of_ties(place)
             if keep:
                 self._unmerged.append((place, place.read()))
             place.write(value)
-        self._scale(None)
+        self._scale(on=False)
         self.merged = names
-
-    def _merged_values(self, names: list[str]) -> Iterator[tuple[Place, np.ndarray]]:
-        """Each base parameter that the adapters change, with its merged value in its own dtype."""
-        for path in self.layers:
-            cell, total = self.base.cells[path], {}
-            for adapter in (self.adapters[name] for name in names):
-                if path in adapter.layers:
-                    layer = adapter.plan.classes[path]
-                    deltas = layer.deltas(cell, adapter.layers[path], adapter.scaling(path))
-                    total = {key: delta + total.get(key, 0) for key, delta in deltas.items()} | {
-                        key: delta for key, delta in total.items() if key not in deltas
-                    }
-            for attribute, delta in total.items():
-                place = Place(cell, attribute)
-                value = place.parameter.asnumpy()
-                yield place, (value.astype(delta.dtype) + delta).astype(value.dtype)
 
     def unmerge(self) -> None:
         """Restore the weights from before ``merge``, bit by bit, and switch the slots on."""
         for place, value in self._unmerged:
             place.write(value)
         self._unmerged, self.merged = [], []
-        self._scale(self.adapters[self.active] if self.active else None)
+        self._override([self.adapters[name] for name in self.active], self._split)
+        self._scale(on=True)
 
     # Files ------------------------------------------------------------------------------------------------
 
-    def export(self, name: str) -> Tensors:
-        """An adapter's tensors by the names that PEFT writes (without the prefix)."""
-        self._require(name)
+    def export(self, name: str, convert: bool = False) -> list[tuple[PeftConfig, Tensors]]:
+        """An adapter's configs and tensors, part by part, as they go into files.
+
+        Args:
+            convert: as an equal adapter that takes nothing out of the base model's weights.
+
+        Raises:
+            InputError: an unknown name, or one that can't be converted.
+        """
+        self.require(name)
         self.write_back()
         adapter = self.adapters[name]
-        plan, wrapped = adapter.plan, adapter.plan.classes
-        tensors = {
-            f"{path}.{leaf}": v for path, values in adapter.layers.items() for leaf, v in values.items()
-        }
-        tensors |= {own_name(key, wrapped): value for key, value in adapter.overrides.items()}
+        if convert and not adapter.takes_out:
+            raise InputError(
+                f"the adapter {name!r} can't be converted: it takes nothing out of the base model's weights "
+                '(init_lora_weights "pissa" or "olora" does)'
+            )
+        return [
+            self._export(adapter, part, part is adapter.parts[0], convert and bool(part.initial))
+            for part in adapter.parts
+        ]
+
+    def _export(self, adapter: Adapter, part: Part, first: bool, convert: bool) -> tuple[PeftConfig, Tensors]:
+        plan, tensors, config = part.plan, part.tensors, part.plan.config
+        if convert:
+            config, tensors = config.converted(tensors, part.initial)
+        written = {path: kind.to_file(plan.sites[path], tensors[path]) for path, kind in plan.classes.items()}
+        own = plan.replaced if not first else {*plan.replaced, *(adapter.overrides.keys() - adapter.replaced)}
+        cells = {f"{path}.{leaf}": value for path in plan.wrapped for leaf, value in written[path].items()}
+        cells |= {own_name(key, plan.wrapped): adapter.overrides[key] for key in sorted(own)}
         if getattr(plan.config, "bias", "none") == "all":
-            for stray, key, own in stray_names(plan.biases, plan.saved):
-                tensors[stray] = self.own[key] if own else adapter.overrides[key]
-        return tensors
+            for stray, key, is_own in stray_names(plan.selected, plan.saved):
+                cells[stray] = self.own[key] if is_own else adapter.overrides[key]
+        config = config.for_file(written)
+        tensors = {config.SHARED_PREFIX + leaf: value for leaf, value in written.get("", {}).items()}
+        return config, tensors | {config.CELL_PREFIX + name: value for name, value in cells.items()}
 
     def _fit(self, plan: Plan, tensors: Tensors) -> tuple[dict[str, Tensors], Tensors]:
-        """A file's tensors as an adapter's layers and overrides; refused if they don't fit the plan."""
-        slots = {f"{path}.{leaf}": s for path, shapes in plan.shapes.items() for leaf, s in shapes.items()}
-        found, own = sort_tensors(tensors, slots, self.base.places, plan.copies)
-        layers = {
-            path: {leaf: found[f"{path}.{leaf}"].astype(np.float32) for leaf in shapes}
+        """A file's tensors as an adapter's tensors and overrides; refused if they don't fit the plan."""
+        names = {
+            path: {leaf: f"{path}.{leaf}" if path else leaf for leaf in shapes}
             for path, shapes in plan.shapes.items()
+        }
+        slots = {names[path][leaf]: s for path, shapes in plan.shapes.items() for leaf, s in shapes.items()}
+        required = plan.copies if plan.classes else sorted(plan.replaced)
+        found, own = sort_tensors(tensors, slots, self.base.places, required)
+        values = {
+            path: {leaf: found[name].astype(np.float32) for leaf, name in leaves.items()}
+            for path, leaves in names.items()
         }
         # PEFT saves whole embeddings beside an adapter that targets one; what the base has anyway is let go.
         kept = {
             key: value
             for key, value in own.items()
-            if key in plan.trained or not np.array_equal(value, self._own_value(key).astype(value.dtype))
+            if key in plan.replaced or not np.array_equal(value, self.own_value(key).astype(value.dtype))
         }
-        return layers, {**{key: self._own_value(key) for key in plan.biases}, **kept}
+        return values, {**{key: self.own_value(key) for key in plan.selected}, **kept}
 
     # Counting and checking --------------------------------------------------------------------------------
 
@@ -345,41 +393,22 @@ class AdapterBank:
         """(trainable, all) numbers of parameters, as PEFT counts: saved cells are copies beside the base."""
         everything = self.base.size
         for adapter in self.adapters.values():
-            everything += _size(adapter) + self.base.count(adapter.plan.copies)
-        active = self.adapters.get(self.active)
-        if active is None or not active.trainable:
-            return 0, everything
-        return _size(active) + self.base.count(active.plan.trained), everything
+            everything += adapter.size() + self.base.count(adapter.copies)
+        active = [self.adapters[name] for name in self.active if self.adapters[name].trainable]
+        trainable = sum(adapter.size(trained=True) + self.base.count(adapter.trained) for adapter in active)
+        return trainable, everything
 
-    def _require(self, name: str) -> None:
+    def require(self, name: str) -> None:
+        """Raise ``InputError`` unless there is an adapter of that name."""
         if name not in self.adapters:
             known = ", ".join(repr(key) for key in self.adapters) or "none"
             raise InputError(f"no adapter {name!r}{did_you_mean(name, self.adapters)}; there are: {known}")
 
-    def _require_plain(self, action: str) -> None:
-        if not self._enabled:
+    def require_plain(self, action: str) -> None:
+        """Raise ``InputError`` while the adapters are merged or disabled."""
+        if not self.enabled:
             raise InputError(f"can't {action} inside disable_adapter(); leave the block first")
         if self.merged:
             raise InputError(
                 f"can't {action} while {', '.join(self.merged)} is merged; call unmerge_adapter() first"
             )
-
-
-def _size(adapter: Adapter) -> int:
-    """How many numbers an adapter's own tensors hold."""
-    return sum(value.size for values in adapter.layers.values() for value in values.values())
-
-
-def forget_compiled_graphs() -> None:
-    """Make every cell and every ``mindspore.jit`` function compile anew at its next call.
-
-    MindSpore's cache key leaves out a cell's structure and its parameters' shapes: after a change of either
-    it would run the old graph and give wrong results in silence. A change of *values* needs none of this.
-    """
-    # The module that keeps the caches moved between MindSpore's versions; the executor's class moved with it.
-    # A lasting reference to the module of Cell would make every cell complain when the interpreter exits.
-    executor = sys.modules[nn.Cell.__module__]._cell_graph_executor
-    api = sys.modules[type(executor).__module__]
-    api.ms_compile_cache.clear()
-    for graphs in api.cells_compile_cache.values():
-        graphs.clear()

@@ -1,18 +1,22 @@
 """What every injected layer shares: the wrapped cell, its active slot, and the arithmetic helpers.
 
-A `TunerLayer` owns the original cell (`base_layer`) and ONE set of adapter tensors, the active slot, whose
-names are the adapter file's names. Which adapter sits in the slot is a matter of parameter values alone, so a
-compiled graph never depends on an adapter's name, rank (up to the slot's) or alpha.
+A `Slot` owns ONE set of adapter tensors, whose names are the adapter file's names. Which adapter sits in it
+is a matter of parameter values alone, so a compiled graph never depends on an adapter's name, rank (up to the
+slot's) or alpha. A `TunerLayer` is a slot around an original cell (`base_layer`); a `SharedSlot` holds what
+all layers of an adapter share. Adapters that are active together, or parts of a hybrid, sit in layers nested
+around one another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import mindspore as ms
 import numpy as np
-from mindspore import nn
+from mindspore import nn, ops
 
 from mindpeft.errors import InputError
 from mindpeft.parameters import assign
@@ -61,52 +65,110 @@ def linear_features(cell: nn.Cell) -> tuple[int, int]:
     return (first, second) if is_transposed(cell) else (second, first)
 
 
-class Slot(nn.Cell):
+@dataclass(frozen=True)
+class Site:
+    """Where a config meets a cell: all that a method may look at to say what an adapter has there.
+
+    Attributes:
+        cell: the original cell; the whole model at the path "".
+        path: its dotted name in the base model.
+        config: the method's config, targets resolved.
+        targets: all cells that the config targets, by path.
+    """
+
+    cell: nn.Cell
+    path: str
+    config: Any
+    targets: Mapping[str, nn.Cell]
+
+
+class Holder(nn.Cell):
     """A holder that gives the parameters of a slot dotted names (`lora_A.weight`)."""
 
 
-class TunerLayer(nn.Cell):
-    """A wrapped cell with one active slot. A method derives one subclass per kind of cell.
+class Slot(nn.Cell):
+    """One adapter's tensors at one place. A method derives one subclass per kind of place.
 
     Args:
-        base_layer: the original cell.
-        path: its dotted name in the base model.
+        path: the place; "" for the whole model.
         shapes: the slot's tensors and their shapes.
         dtype: the slot's dtype.
+        number: 0 for the first slot of a place; further ones need parameter names of their own.
     """
 
-    def __init__(self, base_layer: nn.Cell, path: str, shapes: Shapes, dtype: ms.dtype) -> None:
+    # Tensors that no gradient reaches and that don't count as parameters (a fixed random projection).
+    BUFFERS: ClassVar[frozenset[str]] = frozenset()
+    # Cells that share their parameter with this one are changed in the same way.
+    FOLLOWS_TIES: ClassVar[bool] = False
+
+    def __init__(self, path: str, shapes: Shapes, dtype: ms.dtype, number: int = 0) -> None:
         super().__init__(auto_prefix=False)
-        self.base_layer = base_layer
         self.path = path
         self.slot_dtype = dtype
         self.slot_shapes: Shapes = {}
-        self.scaling = ms.Parameter(ms.Tensor(0.0, dtype), name=f"{path}.scaling", requires_grad=False)
+        self.label = ".".join(part for part in (path, f"slot{number}" if number else "") if part)
+        self.scaling = ms.Parameter(ms.Tensor(0.0, dtype), name=self._name("scaling"), requires_grad=False)
         self.reserve(shapes)
+
+    def _name(self, tensor: str) -> str:
+        return f"{self.label}.{tensor}" if self.label else tensor
 
     # What a method says about an adapter, from the original cell and the config alone ----------------------
 
     @classmethod
-    def tensor_shapes(cls, cell: nn.Cell, config: Any, path: str) -> Shapes:
-        """The tensors that an adapter with this config has for `cell`, by their names in the file."""
+    def tensor_shapes(cls, site: Site) -> Shapes:
+        """The tensors that an adapter has at a site, by their names in the file."""
         raise NotImplementedError
 
     @classmethod
-    def initial_tensors(cls, cell: nn.Cell, config: Any, path: str) -> Tensors:
+    def file_shapes(cls, site: Site) -> Shapes:
+        """The tensors that a file has at a site, where they are others than those of a fresh adapter."""
+        return cls.tensor_shapes(site)
+
+    @classmethod
+    def to_file(cls, site: Site, tensors: Tensors) -> Tensors:
+        """What is written of an adapter's tensors."""
+        return tensors
+
+    @classmethod
+    def initial_tensors(cls, site: Site) -> Tensors:
         """Fresh values of those tensors, from NumPy's global generator (which `mindspore.set_seed` seeds)."""
         raise NotImplementedError
 
     @classmethod
-    def scaling_of(cls, config: Any, path: str) -> float:
-        """The factor of the adapter's contribution."""
-        raise NotImplementedError
+    def scaling_of(cls, site: Site) -> float:
+        """The factor of the adapter's contribution; 1 for a method without one. 0 switches it off."""
+        return 1.0
 
     @classmethod
-    def deltas(cls, cell: nn.Cell, tensors: Tensors, scaling: float) -> Tensors:
-        """What merging adds to the cell's own parameters, by attribute, in float32."""
-        raise NotImplementedError
+    def takes_out(cls, site: Site) -> bool:
+        """Whether a fresh adapter is a part of the cell's weights, which is taken out of them (PiSSA)."""
+        return False
 
-    def configure(self, config: Any) -> bool:
+    @classmethod
+    def taken_out(cls, site: Site, initial: Tensors) -> Tensors:
+        """What a fresh adapter takes out of the cell's parameters, by attribute, in float32.
+
+        Args:
+            initial: what ``initial_tensors`` gave.
+        """
+        return {}
+
+    @classmethod
+    def trained(cls, site: Site, names: Collection[str]) -> frozenset[str]:
+        """Which of an adapter's tensors are trained."""
+        return frozenset(names) - cls.BUFFERS
+
+    @classmethod
+    def holds(cls, room: Shapes, shapes: Shapes) -> bool:
+        """Whether an adapter of these shapes can sit in a slot of those, which may grow.
+
+        True as it stands for methods where rows and columns of zeros change nothing (a higher rank). A
+        method where they do compares for equality: an adapter of another shape then gets a slot of its own.
+        """
+        return True
+
+    def configure(self, config: Any, trainable: bool) -> bool:
         """Take over what a config fixes in the graph; return whether that changed the graph."""
         return False
 
@@ -133,10 +195,10 @@ class TunerLayer(nn.Cell):
         cell: nn.Cell = self
         for holder in holders:
             if holder not in cell.name_cells():
-                setattr(cell, holder, Slot(auto_prefix=False))
+                setattr(cell, holder, Holder(auto_prefix=False))
             cell = cell.name_cells()[holder]
         tensor = ms.Tensor(value, self.slot_dtype)
-        setattr(cell, leaf, ms.Parameter(tensor, name=f"{self.path}.{name}", requires_grad=trainable))
+        setattr(cell, leaf, ms.Parameter(tensor, name=self._name(name), requires_grad=trainable))
 
     def slot(self, name: str) -> ms.Parameter:
         """The slot's parameter of that name."""
@@ -145,22 +207,90 @@ class TunerLayer(nn.Cell):
             cell = getattr(cell, part)
         return cell
 
-    def fill(self, tensors: Mapping[str, np.ndarray], trainable: bool) -> None:
-        """Put an adapter's tensors into the slot, padded with zeros; tensors not given become zero."""
+    def fill(self, tensors: Mapping[str, np.ndarray], trained: frozenset[str]) -> None:
+        """Put an adapter's tensors into the slot, padded with zeros; tensors not given become zero.
+
+        Args:
+            tensors: by name, in the adapter's true shapes.
+            trained: the names of those that get gradients.
+        """
         for name, shape in self.slot_shapes.items():
-            value = tensors.get(name)
             parameter = self.slot(name)
-            assign(parameter, padded(value, shape))
-            parameter.requires_grad = trainable and value is not None
+            assign(parameter, padded(tensors.get(name), shape))
+            parameter.requires_grad = name in trained and name in tensors
 
     def read(self, shapes: Shapes) -> Tensors:
         """Copy the slot's values to the host, cut to an adapter's true shapes."""
         cut = {name: tuple(map(slice, shape)) for name, shape in shapes.items()}
         return {name: self.slot(name).asnumpy()[part].copy() for name, part in cut.items()}
 
-    def set_scaling(self, value: float) -> None:
-        """Set the factor of the slot's contribution; 0 switches the layer off."""
+    def set_scaling(self, value: float) -> bool:
+        """Set the factor of the slot's contribution, 0 for off; return whether that made graphs stale."""
         assign(self.scaling, np.array(value, np.float32))
+        return False
+
+    def unless_off(self, adapted: ms.Tensor, plain: ms.Tensor) -> ms.Tensor:
+        """`adapted`, or `plain` while the slot is switched off; runs inside a graph."""
+        return ops.select(ops.not_equal(self.scaling, 0.0), adapted, plain)
+
+
+class SharedSlot(Slot):
+    """Tensors that all layers of one adapter share; its place is the model itself."""
+
+
+class TunerLayer(Slot):
+    """A slot around a cell.
+
+    Args:
+        base_layer: the original cell, or another layer around it.
+        shared: the adapter's `SharedSlot`, if the method has one.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Cell,
+        path: str,
+        shapes: Shapes,
+        dtype: ms.dtype,
+        number: int = 0,
+        shared: SharedSlot | None = None,
+    ) -> None:
+        super().__init__(path, shapes, dtype, number)
+        self.base_layer = base_layer
+        self.shared = shared
+
+    @classmethod
+    def merged(cls, site: Site, weights: Tensors, tensors: Tensors, shared: Tensors | None = None) -> Tensors:
+        """What merging makes of the cell's own parameters.
+
+        Args:
+            weights: the cell's parameters by attribute, float32.
+            tensors: the adapter's, in their true shapes.
+            shared: those of its `SharedSlot`.
+
+        Returns:
+            the parameters that change, by attribute, in float32.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def check_merge(cls, site: Site) -> None:
+        """Raise ``InputError`` if this method (one without `merged`), or this adapter, can't be merged."""
+        if cls.merged.__func__ is TunerLayer.merged.__func__:
+            raise InputError(f"{site.config.peft_type.value} can't be merged into the base model's weights")
+
+
+def original(cell: nn.Cell) -> nn.Cell:
+    """The original cell inside the layers around it."""
+    while isinstance(cell, TunerLayer):
+        cell = cell.base_layer
+    return cell
+
+
+def weight_matrix(cell: nn.Cell) -> np.ndarray:
+    """A linear cell's weight, (out, in), in float32."""
+    value = cell.weight.asnumpy().astype(np.float32)
+    return value.T if is_transposed(cell) else value
 
 
 def padded(value: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
@@ -173,10 +303,36 @@ def padded(value: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
     return result
 
 
+def kaiming_uniform(shape: tuple[int, ...], random: Any = np.random) -> np.ndarray:
+    """Kaiming's uniform with a = sqrt(5), torch's choice for a weight: U(-b, b) with b = 1 / sqrt(fan in).
+
+    ``random`` has the functions of ``numpy.random``.
+    """
+    bound = 1 / math.sqrt(math.prod(shape[1:]))
+    return random.uniform(-bound, bound, shape).astype(np.float32)
+
+
 def slot_dtype(cell: nn.Cell, autocast: bool) -> ms.dtype:
-    """An adapter's dtype: the base weight's, but float32 over half precision unless `autocast` is off."""
-    dtype = getattr(cell, weight_attribute(cell)).dtype
+    """An adapter's dtype: the cell's weights', but float32 over half precision unless `autocast` is off."""
+    floats = [p.dtype for p in cell.get_parameters() if p.dtype in (ms.float32, ms.float64, *_LOW_PRECISION)]
+    dtype = floats[0] if floats else ms.float32
     return ms.float32 if autocast and dtype in _LOW_PRECISION else dtype
+
+
+def check_linear(cell: nn.Cell, path: str, method: str, transposed: bool = True) -> None:
+    """Raise ``InputError`` unless a method can wrap the cell as a linear one.
+
+    Args:
+        transposed: whether the method has (in, out) weights (Conv1D) as well.
+    """
+    if not is_linear(cell) or (is_transposed(cell) and not transposed):
+        raise refuse_cell(
+            cell, path, method, "linear cells" if transposed else "linear cells with (out, in) weights"
+        )
+    if getattr(cell, "activation", None) is not None:
+        raise InputError(
+            f"{method} can't wrap {path!r}: its activation is fused into it; make that a cell of its own"
+        )
 
 
 def refuse_cell(cell: nn.Cell, path: str, method: str, supported: str) -> InputError:

@@ -7,44 +7,40 @@ rank-stabilised LoRA (Kalajdzievski 2023).
 from __future__ import annotations
 
 import logging
-import math
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, ClassVar
 
-import mindspore as ms
-import numpy as np
-from mindspore import nn, ops
+from mindspore import nn
 
-from mindpeft.config import PeftConfig, PeftType, add_task_heads, register_method
-from mindpeft.errors import InputError, did_you_mean
-from mindpeft.ops.dropout import dropout
-from mindpeft.ops.linear import linear
-from mindpeft.targets import pattern_value
+from mindpeft.config import PeftType, register_method
+from mindpeft.errors import InputError
 from mindpeft.tuners.base import (
-    Shapes,
     Tensors,
     TunerLayer,
+    check_linear,
     is_embedding,
     is_linear,
     is_transposed,
-    linear_features,
     refuse_cell,
-    weight_attribute,
 )
+from mindpeft.tuners.dora import DoraEmbedding, DoraLinear
+from mindpeft.tuners.lora_conv import LoraConv1d, LoraConv2d, is_convolution
+from mindpeft.tuners.lora_init import EVA, as_ordinary, check_initialisation
+from mindpeft.tuners.lora_layers import LoraEmbedding, LoraLinear
+from mindpeft.tuners.targeted import TargetedConfig, check_count, check_number, check_rate
+from mindpeft.tuners.trainable_tokens import TrainsTokens
 
-logger = logging.getLogger(__name__)
-
-BIAS_KINDS = ("none", "all", "lora_only")
+if TYPE_CHECKING:
+    from mindpeft.tuners.base import Slot
+    from mindpeft.tuners.plan import BaseModel
 
 # Keys of the format that change what is computed and that ordinary LoRA leaves at their defaults.
 _EXTENSIONS = (
     "megatron_config",
-    "trainable_token_indices",
     "loftq_config",
     "eva_config",
     "corda_config",
     "lora_ga_config",
-    "use_dora",
     "velora_config",
     "alora_invocation_tokens",
     "use_qalora",
@@ -57,10 +53,12 @@ _EXTENSIONS = (
     "ensure_weight_tying",
 )
 
+logger = logging.getLogger(__name__)
+
 
 @register_method
 @dataclass
-class LoraConfig(PeftConfig):
+class LoraConfig(TrainsTokens, TargetedConfig):
     """Hugging Face PEFT's configuration of ordinary LoRA, key by key.
 
     Attributes:
@@ -74,12 +72,18 @@ class LoraConfig(PeftConfig):
         bias: which of the base model's biases are trained: "none", "all", "lora_only".
         use_rslora: scale by alpha / sqrt(r).
         modules_to_save: cells trained and saved whole (a fresh head).
-        init_lora_weights: ``True`` (B zero), ``False`` (both random), "gaussian" (A normal, std 1/r).
+        init_lora_weights: ``True`` (B zero), ``False`` (both random), "gaussian" (A normal, std 1/r),
+            "orthogonal"; or "pissa", "pissa_niter_N" (a faster, rougher decomposition of N iterations) and
+            "olora", which take the fresh adapter out of the base model's weights while it is active; "eva"
+            only in the files of adapters.
         layers_to_transform: only these layer indices; needs a list of targets.
         layers_pattern: the name before the layer index.
+        trainable_token_indices: ids of tokens whose rows of the input embedding are trained besides, or such
+            ids by the names of embeddings.
         rank_pattern: regular expression for the end of a name -> its rank.
         alpha_pattern: regular expression for the end of a name -> its alpha.
         lora_bias: give B a bias.
+        use_dora: DoRA: the length of each row of the weight is a trained vector of its own.
 
     The other keys belong to extensions of LoRA; any value but the default is refused by name.
 
@@ -88,14 +92,12 @@ class LoraConfig(PeftConfig):
     """
 
     r: int = 8
-    target_modules: set[str] | list[str] | str | None = None
     exclude_modules: set[str] | list[str] | str | None = None
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     fan_in_fan_out: bool = False
     bias: str = "none"
     use_rslora: bool = False
-    modules_to_save: list[str] | None = None
     init_lora_weights: bool | str = True
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -126,18 +128,14 @@ class LoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.target_modules = _names(self.target_modules, "target_modules")
-        self.exclude_modules = _names(self.exclude_modules, "exclude_modules")
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
+        if self.init_lora_weights == "eva" and self.eva_config is None:
+            self.eva_config = dict(EVA)
         self._check_extensions()
+        self.check_token_indices()
         self._check_numbers()
         self._check_choices()
-        self._check_layers()
-        saved = _names(self.modules_to_save, "modules_to_save", allow_text=False)
-        self.modules_to_save = add_task_heads(
-            self.task_type, None if saved is None else list(self.modules_to_save)
-        )
 
     def _check_extensions(self) -> None:
         defaults = {
@@ -145,221 +143,67 @@ class LoraConfig(PeftConfig):
         }
         for key in _EXTENSIONS:
             value = getattr(self, key)
+            if key == "eva_config" and self.init_lora_weights == "eva":
+                continue  # told how A began; of no consequence to an adapter that is there
             if value not in (defaults[key], None, False) and value != {}:
                 raise InputError(
                     f"{key}={value!r} is not supported; only ordinary LoRA is (leave it at {defaults[key]!r})"
                 )
 
     def _check_numbers(self) -> None:
-        for key, rank in {
-            "r": self.r,
-            **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()},
-        }.items():
-            if type(rank) is not int or rank <= 0:
-                raise InputError(f"{key} must be a positive integer, not {rank!r}")
-        for key, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
-            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-                raise InputError(f"{key} must be a number, not {alpha!r}")
-        rate = self.lora_dropout
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
-            raise InputError(f"lora_dropout must lie in [0, 1), not {rate!r}")
+        ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}}
+        for key, rank in ranks.items():
+            check_count(key, rank)
+        check_number("lora_alpha", self.lora_alpha)
+        for key, alpha in self.alpha_pattern.items():
+            check_number(f"alpha_pattern[{key!r}]", alpha)
+        check_rate("lora_dropout", self.lora_dropout)
 
     def _check_choices(self) -> None:
-        if self.bias not in BIAS_KINDS:
-            raise InputError(
-                f"bias must be one of {', '.join(BIAS_KINDS)}, not {self.bias!r}"
-                f"{did_you_mean(self.bias, BIAS_KINDS)}"
-            )
         if isinstance(self.init_lora_weights, str):
             self.init_lora_weights = self.init_lora_weights.lower()
-        if self.init_lora_weights not in (True, False, "gaussian"):
+        check_initialisation(self.init_lora_weights)
+        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
             raise InputError(
-                f"init_lora_weights={self.init_lora_weights!r} is not supported; "
-                'allowed: true, false, "gaussian"'
+                f"lora_bias needs init_lora_weights true or false, not {self.init_lora_weights!r}"
             )
-        if self.lora_bias and self.init_lora_weights == "gaussian":
-            raise InputError('lora_bias needs init_lora_weights true or false, not "gaussian"')
+        if self.lora_bias and self.use_dora:
+            raise InputError("lora_bias and use_dora can't be used together")
 
-    def _check_layers(self) -> None:
-        for key in ("layers_to_transform", "layers_pattern"):
-            if isinstance(self.target_modules, str) and getattr(self, key) is not None:
-                raise InputError(f"{key} can't be used when target_modules is a string; give a list of names")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise InputError("layers_pattern needs layers_to_transform: the indices of the layers to adapt")
-        layers = self.layers_to_transform
-        if layers is not None and not all(
-            type(i) is int for i in (layers if isinstance(layers, list) else [layers])
-        ):
-            raise InputError(f"layers_to_transform must be an integer or a list of integers, not {layers!r}")
+    def converted(
+        self, tensors: dict[str, Tensors], initial: dict[str, Tensors]
+    ) -> tuple[LoraConfig, dict[str, Tensors]]:
+        return as_ordinary(self, tensors, initial)
 
-    def describe_cells(self, cells: list[nn.Cell]) -> None:
-        """Set ``fan_in_fan_out`` to what the last linear cell's weight is, which is where PEFT leaves it."""
-        linear = [cell for cell in cells if is_linear(cell)]
-        if linear:
-            transposed = is_transposed(linear[-1])
-            if transposed != self.fan_in_fan_out:
-                logger.warning("fan_in_fan_out is %s: the targeted cells' weights are so", transposed)
-            self.fan_in_fan_out = transposed
+    def check_file(self) -> None:
+        if str(self.init_lora_weights).startswith("pissa_niter"):
+            logger.warning(
+                "init_lora_weights=%r: what it took out of the base model's weights is worked out anew; that "
+                "is exact for an adapter made here, and approximate for PEFT's, which decomposes at random",
+                self.init_lora_weights,
+            )
 
-    def layer_class(self, cell: nn.Cell, path: str) -> type[TunerLayer]:
-        """The class that wraps a cell.
+    def roomy(self, slot_rank: int) -> LoraConfig:
+        return replace(self, r=slot_rank, rank_pattern={})
 
-        Raises:
-            InputError: LoRA can't wrap this kind of cell, or not with this config.
-        """
+    def slot_classes(self, base: BaseModel) -> dict[str, type[Slot]]:
+        classes = super().slot_classes(base)
+        return {**classes, **self.token_slots(base, classes)}
+
+    def slot_class(self, cell: nn.Cell, path: str) -> type[TunerLayer]:
         if is_linear(cell):
-            if getattr(cell, "activation", None) is not None:
+            check_linear(cell, path, "LoRA")
+            if self.init_lora_weights == "olora" and is_transposed(cell):
                 raise InputError(
-                    f"LoRA can't wrap {path!r}: its activation is fused into it; make that a cell of its own"
+                    f'init_lora_weights="olora" is not possible for {path!r}, whose weight is (in, out)'
                 )
-            return LoraLinear
+            return DoraLinear if self.use_dora else LoraLinear
         if is_embedding(cell):
             if self.lora_bias:
                 raise InputError(f"lora_bias is not possible for the embedding {path!r}")
-            return LoraEmbedding
-        raise refuse_cell(cell, path, "LoRA", "linear and embedding cells")
-
-
-def _names(value: Any, key: str, allow_text: bool = True) -> Any:
-    """A list of names as a set; text (a regular expression) and ``None`` as they are."""
-    if value is None or (allow_text and isinstance(value, str)):
-        return value
-    if not isinstance(value, list | tuple | set) or not all(isinstance(name, str) for name in value):
-        kinds = "a list of names or a regular expression" if allow_text else "a list of names"
-        raise InputError(f"{key} must be {kinds}, not {value!r}")
-    return set(value)
-
-
-class LoraLayer(TunerLayer):
-    """What LoRA's linear and embedding layers share: rank, scaling, and the names of A and B."""
-
-    NAMES: ClassVar[tuple[str, str]]
-
-    @classmethod
-    def rank_of(cls, config: LoraConfig, path: str) -> int:
-        """The rank for a cell: its pattern's, or ``r``."""
-        return pattern_value(config.rank_pattern, path, config.r)
-
-    @classmethod
-    def scaling_of(cls, config: LoraConfig, path: str) -> float:
-        rank = cls.rank_of(config, path)
-        return pattern_value(config.alpha_pattern, path, config.lora_alpha) / (
-            math.sqrt(rank) if config.use_rslora else rank
-        )
-
-    @classmethod
-    def product(cls, tensors: Tensors, scaling: float) -> np.ndarray:
-        """scaling * B @ A, (out, in), in float32."""
-        a, b = (tensors[name].astype(np.float32) for name in cls.NAMES)
-        return (b @ a) * np.float32(scaling)
-
-
-class LoraLinear(LoraLayer):
-    """LoRA on a linear cell: A (r, in), B (out, r), optionally B's bias (out)."""
-
-    NAMES = ("lora_A.weight", "lora_B.weight")
-    BIAS = "lora_B.bias"
-
-    def __init__(self, base_layer: nn.Cell, path: str, shapes: Shapes, dtype: ms.dtype) -> None:
-        self.biased = False
-        super().__init__(base_layer, path, shapes, dtype)
-        self.dropout = dropout(0.0)
-
-    @classmethod
-    def tensor_shapes(cls, cell: nn.Cell, config: LoraConfig, path: str) -> Shapes:
-        rank, (n_in, n_out) = cls.rank_of(config, path), linear_features(cell)
-        shapes = dict(zip(cls.NAMES, ((rank, n_in), (n_out, rank)), strict=True))
-        return {**shapes, cls.BIAS: (n_out,)} if config.lora_bias else shapes
-
-    @classmethod
-    def initial_tensors(cls, cell: nn.Cell, config: LoraConfig, path: str) -> Tensors:
-        shapes = cls.tensor_shapes(cell, config, path)
-        (rank, n_in), kind = shapes[cls.NAMES[0]], config.init_lora_weights
-        first = (
-            np.random.normal(0, 1 / rank, (rank, n_in))
-            if kind == "gaussian"
-            else _uniform((rank, n_in), n_in)
-        )
-        # Not zero at the start: PEFT's init_lora_weights=False leaves torch's own initialisation in B.
-        rest = {n: np.zeros(s) if kind else _uniform(s, rank) for n, s in shapes.items() if n != cls.NAMES[0]}
-        return {name: value.astype(np.float32) for name, value in {cls.NAMES[0]: first, **rest}.items()}
-
-    @classmethod
-    def deltas(cls, cell: nn.Cell, tensors: Tensors, scaling: float) -> Tensors:
-        product = cls.product(tensors, scaling)
-        result = {"weight": product.T if is_transposed(cell) else product}
-        if cls.BIAS in tensors:
-            if getattr(cell, "bias", None) is None:
-                raise InputError(
-                    "an adapter with lora_bias can't be merged into a linear cell without a bias"
-                )
-            result["bias"] = tensors[cls.BIAS].astype(np.float32) * np.float32(scaling)
-        return result
-
-    def configure(self, config: LoraConfig) -> bool:
-        changed = self.dropout.p != config.lora_dropout
-        if changed:
-            self.dropout = dropout(config.lora_dropout).set_train(self.training)
-        return changed
-
-    def reserve(self, shapes: Shapes) -> bool:
-        changed = super().reserve(shapes)
-        self.biased = self.BIAS in self.slot_shapes
-        return changed
-
-    def construct(self, x: ms.Tensor) -> ms.Tensor:
-        result = self.base_layer(x)
-        # The scaling goes where the numbers are fewest: on the r columns between A and B.
-        hidden = linear(self.dropout(ops.cast(x, self.slot_dtype)), self.lora_A.weight) * self.scaling
-        if self.biased:
-            update = linear(hidden, self.lora_B.weight, self.lora_B.bias * self.scaling)
-        else:
-            update = linear(hidden, self.lora_B.weight)
-        total = ops.cast(result, self.slot_dtype) + update
-        return ops.cast(total, result.dtype)
-
-
-class LoraEmbedding(LoraLayer):
-    """LoRA on an embedding: A (r, vocabulary), B (dim, r); looks up A's columns, never the whole product."""
-
-    NAMES = ("lora_embedding_A", "lora_embedding_B")
-
-    def __init__(self, base_layer: nn.Cell, path: str, shapes: Shapes, dtype: ms.dtype) -> None:
-        super().__init__(base_layer, path, shapes, dtype)
-        padding = getattr(base_layer, "padding_idx", None)
-        self.padding = -1 if padding is None else padding
-        self.matmul = ops.MatMul(transpose_a=True, transpose_b=True)
-
-    @classmethod
-    def tensor_shapes(cls, cell: nn.Cell, config: LoraConfig, path: str) -> Shapes:
-        rank, (vocabulary, dim) = cls.rank_of(config, path), getattr(cell, weight_attribute(cell)).shape
-        return dict(zip(cls.NAMES, ((rank, vocabulary), (dim, rank)), strict=True))
-
-    @classmethod
-    def initial_tensors(cls, cell: nn.Cell, config: LoraConfig, path: str) -> Tensors:
-        shapes = cls.tensor_shapes(cell, config, path)
-        values = {name: np.random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-        if config.init_lora_weights:
-            values[cls.NAMES[0]][:] = 0
-        return values
-
-    @classmethod
-    def deltas(cls, cell: nn.Cell, tensors: Tensors, scaling: float) -> Tensors:
-        return {weight_attribute(cell): cls.product(tensors, scaling).T}
-
-    def construct(self, ids: ms.Tensor) -> ms.Tensor:
-        result = self.base_layer(ids)
-        flat = ops.reshape(ids, (-1,))
-        columns = ops.gather(self.lora_embedding_A, flat, 1)  # (r, tokens)
-        if self.padding >= 0:
-            # As in torch, the padding token's column gets no gradient.
-            columns = ops.select(ops.equal(flat, self.padding), ops.stop_gradient(columns), columns)
-        update = ops.reshape(self.matmul(columns * self.scaling, self.lora_embedding_B), result.shape)
-        total = ops.cast(result, self.slot_dtype) + update
-        return ops.cast(total, result.dtype)
-
-
-def _uniform(shape: tuple[int, ...], fan_in: int) -> np.ndarray:
-    """Kaiming's uniform with a = sqrt(5), as torch's Linear has it: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
-    bound = 1 / math.sqrt(fan_in)
-    return np.random.uniform(-bound, bound, shape)
+            return DoraEmbedding if self.use_dora else LoraEmbedding
+        if is_convolution(cell):
+            kind = LoraConv1d if isinstance(cell, nn.Conv1d) else LoraConv2d
+            kind.check(self, cell, path)
+            return kind
+        raise refuse_cell(cell, path, "LoRA", "linear and embedding cells, nn.Conv1d and nn.Conv2d")

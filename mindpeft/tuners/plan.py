@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from mindspore import nn
 
 from mindpeft.config import PeftConfig
-from mindpeft.errors import InputError
 from mindpeft.parameters import Place, base_places
 from mindpeft.targets import find_targets, output_head_names, resolve_targets, saved_modules
-from mindpeft.tuners.base import Shapes, TunerLayer, is_linear
+from mindpeft.tuners.base import Shapes, Site, Slot, is_linear
 
 
 @dataclass(frozen=True)
@@ -22,24 +21,40 @@ class Plan:
 
     Attributes:
         config: the config with its targets resolved.
-        classes: path of each targeted cell -> the class that wraps it.
+        classes: path of each changed cell -> the class of its slot; "" is the model itself.
+        sites: path -> what the method may look at there.
         shapes: path -> the adapter's tensors there.
         saved: the paths of the cells that ``modules_to_save`` means.
         copies: the base parameters in those cells.
-        biases: the base model's biases that the adapter trains.
+        selected: the base parameters that the method trains where they are.
     """
 
     config: PeftConfig
-    classes: dict[str, type[TunerLayer]]
+    classes: dict[str, type[Slot]]
+    sites: dict[str, Site]
     shapes: dict[str, Shapes]
     saved: list[str]
     copies: list[str]
-    biases: list[str]
+    selected: list[str]
 
     @property
-    def trained(self) -> set[str]:
-        """The base parameters that the adapter trains."""
-        return {*self.copies, *self.biases}
+    def replaced(self) -> set[str]:
+        """The base parameters that the adapter trains and keeps values of its own for."""
+        return {*self.copies, *self.selected}
+
+    @property
+    def trainable(self) -> int:
+        """How many numbers of the method's own tensors are trained."""
+        return sum(
+            math.prod(shapes[name])
+            for path, shapes in self.shapes.items()
+            for name in self.classes[path].trained(self.sites[path], shapes)
+        )
+
+    @property
+    def wrapped(self) -> set[str]:
+        """The paths of the cells inside the model that get a layer around them."""
+        return set(self.classes) - {""}
 
 
 class BaseModel:
@@ -51,47 +66,72 @@ class BaseModel:
         self.places: dict[str, Place] = base_places(model)
         self.size = self.count(self.places)
 
+    def name_of(self, cell: nn.Cell, attribute: str) -> str:
+        """The name of the parameter that a cell has as that attribute."""
+        return next(
+            name for name, place in self.places.items() if place.cell is cell and place.attribute == attribute
+        )
+
+    @property
+    def model_type(self) -> str | None:
+        """The architecture's name in ``config.json``, if the model has a config."""
+        return getattr(getattr(self.model, "config", None), "model_type", None)
+
     def count(self, names: Collection[str]) -> int:
         """How many numbers these parameters hold; tied ones count once, running statistics don't."""
         places = [self.places[name] for name in names if not self.places[name].is_statistic]
         return sum({id(place.parameter): place.parameter.size for place in places}.values())
 
-    def plan(self, config: PeftConfig, wrapped: Mapping[str, TunerLayer]) -> Plan:
-        """Work out what a config means for this model.
+    def shared_names(self) -> dict[int, list[str]]:
+        """The names of each parameter that has several, by its id."""
+        names: dict[int, list[str]] = {}
+        for name, place in self.places.items():
+            names.setdefault(id(place.parameter), []).append(name)
+        return {key: found for key, found in names.items() if len(found) > 1}
 
-        Args:
-            config: left as it is; the plan holds a copy with its targets resolved.
-            wrapped: the cells that are wrapped already.
+    def targets(self, config: PeftConfig) -> dict[str, nn.Cell]:
+        """The cells that a config with resolved ``target_modules`` means. Raises ``InputError`` if none."""
+        return {path: self.cells[path] for path in find_targets(config, self.cells)}
+
+    def resolve_targets(self, config: PeftConfig, defaults: Mapping[str, list[str] | str]) -> set[str] | str:
+        """A config's ``target_modules`` with defaults filled in and "all-linear" spelled out.
 
         Raises:
-            InputError: no cell matches, or one can't be wrapped by the method.
+            InputError: none are set and there is no default for this model type.
         """
-        config = copy.deepcopy(config)
-        model_type = getattr(getattr(self.model, "config", None), "model_type", None)
-        config.target_modules = resolve_targets(
-            config, self.cells, lambda: self._linear_names(config), model_type
+        return resolve_targets(
+            config, self.cells, lambda: self._linear_names(config), self.model_type, defaults
         )
-        classes = {
-            path: config.layer_class(self.cells[path], path) for path in find_targets(config, self.cells)
-        }
-        for path, layer_class in classes.items():
-            if path in wrapped and type(wrapped[path]) is not layer_class:
-                raise InputError(f"the cell {path!r} is already wrapped by {type(wrapped[path]).__name__}")
-        config.describe_cells([self.cells[path] for path in classes])
-        shapes = {path: cls.tensor_shapes(self.cells[path], config, path) for path, cls in classes.items()}
-        saved = saved_modules(config, self.cells)
-        copies = [name for name in self.places if any(name.startswith(f"{path}.") for path in saved)]
-        return Plan(config, classes, shapes, saved, copies, self._biases(config, classes))
 
     def _linear_names(self, config: PeftConfig) -> set[str]:
         """What "all-linear" means here."""
         linear = {name for name, cell in self.cells.items() if is_linear(cell)}
         return linear - output_head_names(self.model, self.cells, config.task_type)
 
-    def _biases(self, config: PeftConfig, wrapped: Collection[str]) -> list[str]:
-        """The base model's biases that ``config.bias`` means."""
-        kind: Any = getattr(config, "bias", "none")
-        if kind == "none":
-            return []
-        biases = [name for name in self.places if name == "bias" or name.endswith(".bias")]
-        return biases if kind == "all" else [name for name in biases if name.rpartition(".")[0] in wrapped]
+    def plan(self, config: PeftConfig, from_file: bool = False) -> Plan:
+        """Work out what a config means for this model.
+
+        Args:
+            config: left as it is; the plan holds a copy, filled in.
+            from_file: the adapter's tensors come from a file.
+
+        Raises:
+            InputError: no cell matches, or one can't be wrapped by the method.
+        """
+        config = copy.deepcopy(config)
+        config.resolve(self)
+        if from_file:
+            config.check_file()
+        classes = config.slot_classes(self)
+        targets = {path: self.cells[path] for path in classes if path}
+        sites = {
+            path: Site(self.cells[path] if path else self.model, path, config, targets) for path in classes
+        }
+        shapes = {
+            path: cls.file_shapes(sites[path]) if from_file else cls.tensor_shapes(sites[path])
+            for path, cls in classes.items()
+        }
+        saved = saved_modules(config, self.cells)
+        copies = [name for name in self.places if any(name.startswith(f"{path}.") for path in saved)]
+        selected = config.selected(self, set(targets))
+        return Plan(config, classes, sites, shapes, saved, copies, selected)

@@ -89,12 +89,39 @@ def test_info_of_the_environment(cli):
 def test_lists(cli):
     assert cli("models").stdout.startswith("bert")
     assert "AutoModelForSequenceClassification" in cli("models").stdout.replace("\n", "")
-    assert cli("methods").stdout.startswith("lora")
+    assert "\nlora " in cli("methods").stdout
+
+
+def test_methods_of_a_base(cli, tiny_bert):
+    result = cli("methods", "--base", tiny_bert)
+    assert result.exit_code == 0, result.stderr
+    rows = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line.strip()}
+    head = 2 * 32 + 2
+    lora = 2 * 2 * 8 * (32 + 32)  # layers, query and value, rank 8
+    assert rows["lora"][0] == f"{lora + head:,}"
+    assert rows["lora"][2:] == ["yes", "yes"]
+    assert float(rows["full"][1]) > 99  # all but the base's own head, which a trained copy replaces
+    assert rows["prompt_tuning"][0] == f"{20 * 32 + head:,}"
+    assert rows["prompt_tuning"][2] == "no"
+    assert rows["bitfit"][3] == "no"
+    assert cli("methods", "--base", tiny_bert, "--task", "masked").exit_code == 2
+    assert cli("methods", "--base", "nowhere").exit_code == 2
 
 
 @pytest.mark.parametrize(
     "command",
-    ["quickstart", "train", "eval", "predict", "merge", "convert", "info", "models", "methods"],
+    [
+        "quickstart",
+        "train",
+        "eval",
+        "predict",
+        "merge",
+        "convert",
+        "convert-adapter",
+        "info",
+        "models",
+        "methods",
+    ],
 )
 def test_every_command_shows_examples(cli, command):
     result = cli(command, "--help")

@@ -20,11 +20,16 @@ def make_peft_model(
     """A PEFT model over ``base``; ``noise`` is added to all that is trained (B, biases, saved cells too)."""
     torch.manual_seed(seed)
     model = peft.get_peft_model(base, peft.LoraConfig(**options))
+    add_noise(model, noise)
+    return model.eval()
+
+
+def add_noise(model: torch.nn.Module, noise: float) -> None:
+    """Add noise to all that is trained in a torch model."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * noise)
-    return model.eval()
 
 
 def randomise(model: PeftModel, seed: int = 4) -> None:
@@ -66,6 +71,8 @@ def plain_name(name: str) -> str:
         (".base_layer.", "."),
         (".modules_to_save.default.", "."),
         (".default", ""),
+        (".lora_magnitude_vector.weight", ".lora_magnitude_vector"),
     ):
         name = name.replace(ours, plain)
-    return name
+    # What stands around the whole model: PEFT's prompt learning has no ".model", our layer there no path.
+    return name.removeprefix("base_model.").removeprefix("base_layer.").removeprefix(".")

@@ -19,12 +19,12 @@ from tests.train.small import make_examples
 HIDDEN, INNER, ROWS = 24, 56, 8
 
 
-def make_bert(num_labels: int = 4, dropout: float = 0.0) -> BertForSequenceClassification:
+def make_bert(num_labels: int = 4, dropout: float = 0.0, layers: int = 2) -> BertForSequenceClassification:
     ms.set_seed(0)
     config = BertConfig(
         vocab_size=30,
         hidden_size=HIDDEN,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         intermediate_size=INNER,
         max_position_embeddings=32,

@@ -4,7 +4,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 import torch
-from mindspore import Tensor
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from transformers import get_scheduler
 
 from mindpeft.errors import InputError
@@ -138,3 +138,34 @@ def test_eval_step_gives_loss_and_logits_and_refuses_unknown_columns():
     np.testing.assert_allclose(alone.asnumpy(), logits.asnumpy(), atol=1e-6)
     with pytest.raises(InputError, match="did you mean 'labels'"):
         EvalStep(model, ("input_ids", "label"))
+
+
+class ManyParameters(nn.Cell):
+    """A loss over many small weights, none of them deep in the graph."""
+
+    def __init__(self, count: int):
+        super().__init__()
+        weights = [Parameter(Tensor(np.full(2, index, np.float32)), f"w{index}") for index in range(count)]
+        self.weights = ParameterTuple(weights)
+        self.flat = ops.HyperMap()
+
+    def construct(self, x):
+        total = ops.cat(self.flat(_times_two, self.weights)).sum() * x.sum()
+        return total, x
+
+
+def _times_two(weight):
+    return weight * 2.0
+
+
+@pytest.mark.slow
+def test_more_parameters_than_nested_calls_are_allowed_by_default():
+    """MindSpore nests a call for each parameter in a loop, and refuses more than 1,000 unless told."""
+    ms.set_context(mode=ms.GRAPH_MODE)
+    model = ManyParameters(160).set_train()
+    optimizer = AdamW(model)
+    before = [parameter.asnumpy().copy() for parameter in optimizer.parameters]
+    step = TrainStep(model, ("x",), optimizer)
+    step(Tensor(True), Tensor(1.0, ms.float32), *optimizer.scalars(1, 1e-2), Tensor(np.ones(2, np.float32)))
+    for parameter, value in zip(optimizer.parameters, before, strict=True):
+        np.testing.assert_allclose(parameter.asnumpy(), value - 1e-2, atol=1e-5)

@@ -42,6 +42,9 @@ OPTIONS = {
     "embedding_and_linear": {"target_modules": ["words", "key"], "use_rslora": True},
     "conv1d": {"target_modules": ["c_attn"], "fan_in_fan_out": True},
     "token_cls": {"target_modules": ["query"], "task_type": "TOKEN_CLS"},
+    "dora": {"target_modules": ["query", "value", "intermediate"], "use_dora": True, "bias": "all"},
+    "dora_conv1d": {"target_modules": ["c_attn"], "use_dora": True, "fan_in_fan_out": True, "r": 3},
+    "dora_embeddings": {"target_modules": ["words", "kinds", "key"], "use_dora": True, "use_rslora": True},
 }
 
 
@@ -166,7 +169,8 @@ def loss_and_gradients(model, parameters):
 def peft_name(key):
     """PEFT's name in memory -> the base parameter's or slot tensor's name here."""
     key = key.removeprefix("base_model.model.").replace(".modules_to_save.default.", ".")
-    return key.replace(".base_layer.", ".").replace(".default", "")
+    key = key.replace(".base_layer.", ".").replace(".default", "")
+    return key.replace("magnitude_vector.weight", "magnitude_vector")
 
 
 def file_name(model, parameter):

@@ -1,0 +1,119 @@
+"""What adapters a model has, and what is injected where: the reports of Hugging Face PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mindpeft.tuners.base import SharedSlot
+
+if TYPE_CHECKING:
+    from mindpeft.tuners.adapter import Adapter
+    from mindpeft.tuners.bank import AdapterBank
+
+
+@dataclass(frozen=True)
+class TunerLayerStatus:
+    """What is injected at one place.
+
+    Attributes:
+        name: the place's path; "" for the model itself.
+        module_type: the method's layer there, such as "LoraLinear"; "saved" for a cell that is trained and
+            saved whole, "selected" for parameters trained where they are.
+        parameters: adapter -> how many numbers it has there.
+        enabled: whether adapters are switched on.
+        active_adapters: those of ``available_adapters`` that act now.
+        merged_adapters: those that are merged.
+        requires_grad: adapter -> whether it would be trained when active.
+        available_adapters: the adapters that have something there.
+    """
+
+    name: str
+    module_type: str
+    parameters: dict[str, int]
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool]
+    available_adapters: list[str]
+
+
+@dataclass(frozen=True)
+class TunerModelStatus:
+    """What adapters a model has.
+
+    Attributes:
+        base_model_type: the base model's class.
+        peft_types: adapter -> its method, or its methods joined by " + ".
+        trainable_params: numbers that are trained now.
+        total_params: all numbers, adapters included.
+        num_adapter_layers: places with a layer of a method.
+        enabled, active_adapters, merged_adapters, requires_grad, available_adapters: as for one layer.
+    """
+
+    base_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool]
+    available_adapters: list[str]
+
+
+def layer_status(bank: AdapterBank) -> list[TunerLayerStatus]:
+    """A status for each kind of thing at each place, in the model's order."""
+    found: dict[tuple[str, str], dict[str, int]] = {}
+    for name, adapter in bank.adapters.items():
+        for path, kind, size in _places(bank, adapter):
+            sizes = found.setdefault((path, kind), {})
+            sizes[name] = sizes.get(name, 0) + size
+    order = {path: index for index, path in enumerate(["", *bank.base.cells])}
+    return [
+        TunerLayerStatus(
+            name=path,
+            module_type=kind,
+            parameters=sizes,
+            enabled=bank.enabled,
+            active_adapters=[name for name in bank.active if name in sizes],
+            merged_adapters=[name for name in bank.merged if name in sizes],
+            requires_grad={name: bank.adapters[name].trainable for name in sizes},
+            available_adapters=list(sizes),
+        )
+        for (path, kind), sizes in sorted(found.items(), key=lambda item: order[item[0][0]])
+    ]
+
+
+def _places(bank: AdapterBank, adapter: Adapter) -> Iterator[tuple[str, str, int]]:
+    """Path, kind and size of everything that an adapter has in a model."""
+    saved: set[str] = set()
+    for part in adapter.parts:
+        for path, tensors in part.tensors.items():
+            yield path, part.plan.classes[path].__name__, sum(value.size for value in tensors.values())
+        saved |= set(part.plan.copies)
+    for key, value in adapter.overrides.items():
+        yield key.rpartition(".")[0], "saved" if key in saved else "selected", value.size
+
+
+def model_status(bank: AdapterBank) -> TunerModelStatus:
+    """The status of a whole model."""
+    trainable, total = bank.count()
+    layers = {slot.path for slot in bank.rack if not isinstance(slot, SharedSlot)}
+    return TunerModelStatus(
+        base_model_type=type(bank.base.model).__name__,
+        peft_types={
+            name: " + ".join(part.plan.config.peft_type.value for part in adapter.parts)
+            for name, adapter in bank.adapters.items()
+        },
+        trainable_params=trainable,
+        total_params=total,
+        num_adapter_layers=len(layers),
+        enabled=bank.enabled,
+        active_adapters=list(bank.active),
+        merged_adapters=list(bank.merged),
+        requires_grad={name: adapter.trainable for name, adapter in bank.adapters.items()},
+        available_adapters=list(bank.adapters),
+    )

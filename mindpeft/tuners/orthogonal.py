@@ -1,0 +1,159 @@
+"""What the methods share that turn a cell's input: OFT and BOFT by blocks, HRA by reflections."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import mindspore as ms
+import numpy as np
+from mindspore import nn, ops
+
+from mindpeft.ops.attention import MergeHeads, SplitHeads
+from mindpeft.ops.linear import linear
+from mindpeft.tuners.base import Shapes, Site, Tensors, TunerLayer
+
+_MOST_GROUPS = 32  # of columns that are turned apart from each other
+
+
+class TurnedInput(TunerLayer):
+    """y = W (x R) + b with an orthogonal matrix R, which acts on the input and is never made in the graph."""
+
+    @classmethod
+    def rotation(cls, site: Site, tensors: Tensors) -> np.ndarray:
+        """R (in, in), in float32: what a row is multiplied by from the right."""
+        raise NotImplementedError
+
+    @classmethod
+    def merged(cls, site: Site, weights: Tensors, tensors: Tensors, shared: Tensors | None = None) -> Tensors:
+        return {"weight": weights["weight"] @ cls.rotation(site, tensors).T}
+
+    def turned(self, x: ms.Tensor) -> ms.Tensor:
+        """x R for x in the slot's dtype; runs inside a graph."""
+        raise NotImplementedError
+
+    def turned_input(self, x: ms.Tensor) -> ms.Tensor:
+        """x R, or x while the slot is switched off, in x's dtype."""
+        return self.unless_off(ops.cast(self.turned(ops.cast(x, self.slot_dtype)), x.dtype), x)
+
+    def construct(self, x: ms.Tensor) -> ms.Tensor:
+        return self.base_layer(self.turned_input(x))
+
+
+class BlockRotation(nn.Cell):
+    """x (..., blocks * size) with each block of columns multiplied by its matrix of (blocks, size, size).
+
+    Neighbouring blocks are put into larger matrices, with zeros between them, until few are left: each of
+    those costs a copy of its columns.
+    """
+
+    def __init__(self, blocks: int, size: int, dtype: ms.dtype) -> None:
+        super().__init__()
+        self.size = size
+        groups = max(n for n in range(1, _MOST_GROUPS + 1) if blocks % n == 0)
+        self.groups, self.together = groups, blocks // groups
+        mask = np.kron(np.eye(self.together), np.ones((size, size)))
+        self.mask = ms.Tensor(np.tile(mask, (groups, 1, 1)) if self.together > 1 else np.ones(1), dtype)
+        self.split, self.merge = SplitHeads(groups), MergeHeads()
+        self.product, self.tile = ops.BatchMatMul(), ops.Tile()
+
+    def construct(self, x: ms.Tensor, matrices: ms.Tensor) -> ms.Tensor:
+        width = self.together * self.size
+        if self.together > 1:
+            rows = matrices.reshape((self.groups, width, self.size))
+            matrices = self.tile(rows, (1, 1, self.together)) * self.mask
+        columns = self.split(x.reshape((1, -1, x.shape[-1])))
+        return self.merge(self.product(columns, matrices.reshape((1, self.groups, width, width)))).reshape(
+            x.shape
+        )
+
+
+class DroppedBlocks(nn.Cell):
+    """(blocks, size, size) with the share ``p`` of the blocks, rounded down, made identities in training."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.normal, self.largest, self.tile = ops.StandardNormal(), ops.TopK(), ops.Tile()
+
+    def construct(self, matrices: ms.Tensor) -> ms.Tensor:
+        blocks, size, _ = matrices.shape
+        count = int(self.p * blocks)
+        if not self.training or count == 0:
+            return matrices
+        drawn = self.normal((blocks,))
+        dropped = (drawn >= self.largest(drawn, count)[0][count - 1]).astype(matrices.dtype)
+        dropped = self.tile(dropped.reshape((blocks, 1, 1)), (1, size, size))
+        return matrices + dropped * (identities(matrices) - matrices)
+
+
+class TurnedBlocks(TurnedInput):
+    """R is made of blocks along its diagonal, each from a skew-symmetric matrix."""
+
+    RATE: ClassVar[str]  # the config's key of the share of blocks that are dropped
+
+    def __init__(self, base_layer: nn.Cell, *slot: Any) -> None:
+        super().__init__(base_layer, *slot)
+        self.dropped = DroppedBlocks(0.0)
+
+    def configure(self, config: Any, trainable: bool) -> bool:
+        rate = getattr(config, self.RATE)
+        changed = trainable and self.dropped.p != rate
+        if changed:
+            self.dropped = DroppedBlocks(rate).set_train(self.training)
+        return changed
+
+    @classmethod
+    def holds(cls, room: Shapes, shapes: Shapes) -> bool:
+        return room == shapes  # a matrix of a padded skew-symmetric one is another matrix
+
+    def blocks(self) -> ms.Tensor:
+        """The matrices (blocks, size, size), or (1, size, size) if all are the same; runs inside a graph."""
+        raise NotImplementedError
+
+    def turned(self, x: ms.Tensor) -> ms.Tensor:
+        matrices = self.blocks()
+        if matrices.shape[0] == 1:
+            rows = x.reshape((-1, matrices.shape[-1]))
+            return linear(rows, ops.transpose(matrices[0], (1, 0))).reshape(x.shape)
+        return self.rotate(x, self.dropped(matrices))
+
+
+def identities(like: ms.Tensor) -> ms.Tensor:
+    """As many identity matrices as ``like`` (blocks, size, size) has blocks; runs inside a graph."""
+    return ops.tile(ops.eye(like.shape[-1], like.shape[-1], like.dtype), (like.shape[0], 1, 1))
+
+
+def cayley(skew: ms.Tensor) -> ms.Tensor:
+    """(I - S) (I + S)^-1 of skew-symmetric matrices (blocks, size, size): rotations; runs inside a graph."""
+    one = identities(skew)
+    return ops.inverse(one + skew) * 2.0 - one  # (I - S) M = (2 I - (I + S)) M = 2 M - I for M = (I + S)^-1
+
+
+def cayley_of(skew: np.ndarray) -> np.ndarray:
+    """``cayley`` on the host, in float64."""
+    one = np.eye(skew.shape[-1])
+    return 2 * np.linalg.inv(one + skew.astype(np.float64)) - one
+
+
+def block_diagonal(matrices: np.ndarray, width: int) -> np.ndarray:
+    """The matrix (width, width) with these blocks, a single one repeated, along its diagonal, in float32."""
+    size = matrices.shape[-1]
+    result = np.zeros((width, width), np.float32)
+    for number in range(width // size):
+        part = slice(number * size, (number + 1) * size)
+        result[part, part] = matrices[number % len(matrices)]
+    return result
+
+
+def skew_layout(count: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """How ``count`` numbers of a strict upper triangle, row by row, lie in a skew-symmetric matrix.
+
+    Returns:
+        the matrix's size; for each of its places which number goes there, and its sign (0 on the diagonal).
+    """
+    size = (1 + math.isqrt(1 + 8 * count)) // 2
+    index, sign = np.zeros((size, size), np.int32), np.zeros((size, size), np.float32)
+    upper = np.triu_indices(size, 1)
+    index[upper], sign[upper] = np.arange(count), 1
+    return size, index + index.T, sign - sign.T

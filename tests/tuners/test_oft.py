@@ -1,0 +1,152 @@
+"""OFT against torch + peft on twin models."""
+
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn
+from peft.tuners.oft.layer import OFTLayer
+
+from mindpeft import get_peft_model
+from mindpeft.errors import InputError
+from mindpeft.tuners.oft import OFTConfig
+from tests.tuners import against_peft as check
+
+OFT = check.Method("OFTConfig", {"oft_block_size": 4})
+OPTIONS = {
+    "default_targets": {},
+    "exact_cayley": {"target_modules": ["dense", "intermediate"], "use_cayley_neumann": False},
+    "three_terms": {"target_modules": ["dense"], "num_cayley_neumann_terms": 3},
+    "two_terms": {
+        "target_modules": ["dense"],
+        "num_cayley_neumann_terms": 2,
+        "exclude_modules": ["1.output.dense"],
+    },
+    "blocks": {
+        "target_modules": ["query", "key"],
+        "r": 2,
+        "oft_block_size": 0,
+        "num_cayley_neumann_terms": 6,
+    },
+    "adjusted": {"target_modules": ["dense"], "oft_block_size": 7, "bias": "oft_only"},
+    "shared": {"target_modules": ["dense"], "block_share": True, "task_type": "SEQ_CLS"},
+    "embeddings": {"target_modules": ["words", "kinds"], "bias": "all"},
+}
+
+
+@pytest.fixture(autouse=True)
+def graph_mode():
+    ms.set_context(mode=ms.GRAPH_MODE)
+    yield
+    ms.set_context(mode=ms.GRAPH_MODE)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_reads_what_peft_wrote(twins, tmp_path, name):
+    check.check_reading(twins, tmp_path, OFT, **OPTIONS[name])
+
+
+@pytest.mark.parametrize("name", ["default_targets", "shared"])
+def test_peft_reads_what_we_wrote(twins, tmp_path, name):
+    check.check_writing(twins, tmp_path, OFT, **OPTIONS[name])
+
+
+@pytest.mark.parametrize("name", ["exact_cayley", "embeddings"])
+def test_pynative_gives_the_same(twins, tmp_path, name):
+    check.check_pynative(twins, tmp_path, OFT, **OPTIONS[name])
+
+
+@pytest.mark.parametrize("init", [True, False])
+def test_initial_values(twins, init):
+    check.check_initial_values(twins, OFT, init_weights=init)
+
+
+def test_switching(twins):
+    check.check_switching(twins, OFT, OPTIONS["default_targets"], {"oft_block_size": 2}, OPTIONS["adjusted"])
+
+
+def test_switching_between_parametrisations_compiles_the_right_graph(twins):
+    exact, shared = {"use_cayley_neumann": False}, {"block_share": True}
+    model = OFT.here(twins, seed=1)
+    expected = twins.logits(model)
+    model.add_adapter("exact", OFT.ours(**exact))
+    model.add_adapter("shared", OFT.ours(**shared))
+    for name in ("exact", "shared", "default"):
+        model.set_adapter(name)
+        found = twins.logits(model)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_many_small_blocks_are_turned_together():
+    ms.set_seed(2)
+    cell = nn.SequentialCell(nn.Dense(144, 5))
+    model = get_peft_model(cell, OFTConfig(target_modules=["0"], oft_block_size=2, init_weights=False))
+    x = Tensor(np.random.default_rng(0).normal(size=(2, 3, 144)).astype(np.float32))
+    before = model(x).asnumpy()
+    model.merge_adapter()
+    np.testing.assert_allclose(model(x).asnumpy(), before, atol=1e-5)
+
+
+def test_dropout_leaves_a_share_of_the_blocks_alone():
+    ms.set_seed(2)
+    options = {"target_modules": ["0"], "oft_block_size": 4, "init_weights": False}
+    cell = nn.SequentialCell(nn.Dense(32, 32, has_bias=False, weight_init="zeros"))
+    cell[0].weight.set_data(Tensor(np.eye(32, dtype=np.float32)))
+    model = get_peft_model(cell, OFTConfig(**options, module_dropout=0.3))
+    x = np.random.default_rng(0).normal(size=(6, 32)).astype(np.float32)
+    whole = model(Tensor(x)).asnumpy().reshape(6, 8, 4)
+    model.set_train(True)
+    left_alone = set()
+    for _ in range(10):
+        y = model(Tensor(x)).asnumpy().reshape(6, 8, 4)
+        same = [bool(np.allclose(y[:, n], x.reshape(6, 8, 4)[:, n], atol=1e-6)) for n in range(8)]
+        assert sum(same) == 2  # of 0.3 * 8
+        for number, is_same in enumerate(same):
+            if not is_same:
+                np.testing.assert_allclose(y[:, number], whole[:, number], atol=1e-6)
+        left_alone.add(tuple(same))
+    assert len(left_alone) > 3
+
+
+@pytest.mark.parametrize("width", [2, 12, 17, 24, 100, 768])
+def test_blocks_are_adjusted_as_in_peft(width):
+    for wanted in (2, 3, 5, 7, 10, 32, 70, 1000):
+        adjust = wanted if width % wanted == 0 else OFTLayer.adjust_oft_parameters(None, width, wanted)
+        try:
+            blocks, size = OFTConfig(oft_block_size=wanted).split(width, "x")
+        except InputError:
+            assert adjust == 1
+        else:
+            assert (blocks, size) == (width // adjust, adjust)
+
+
+def test_half_precision_base_keeps_a_float32_adapter():
+    cell = nn.SequentialCell(nn.Dense(8, 8, dtype=ms.float16))
+    model = get_peft_model(cell, OFTConfig(target_modules=["0"], oft_block_size=4, init_weights=False))
+    assert {str(p.dtype) for p in model.trainable_params()} == {"Float32"}
+    x = Tensor(np.random.default_rng(0).normal(size=(3, 8)).astype(np.float16))
+    y = model(x)
+    assert y.dtype == ms.float16
+    model.merge_adapter()
+    np.testing.assert_allclose(y.asnumpy(), model(x).asnumpy(), atol=3e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 8}, "exactly one of r and oft_block_size must be 0, not 8 and 32 .*before PEFT 0.14"),
+        ({"r": 0, "oft_block_size": 0}, "exactly one of r and oft_block_size must be 0"),
+        ({"oft_block_size": -4}, "oft_block_size must be an integer, 0 or more"),
+        ({"coft": True}, "coft=True is not supported"),
+        ({"num_cayley_neumann_terms": 1}, "num_cayley_neumann_terms must be an integer of 2 or more, not 1"),
+        ({"module_dropout": 1}, r"module_dropout must lie in \[0, 1\)"),
+        ({"eps": "x"}, "eps must be a number"),
+        ({"bias": "lora_only"}, "bias must be one of none, all, oft_only"),
+        ({"oft_block_size": 1}, "OFT has nothing to turn in .*blocks of one column of its 16"),
+        ({"target_modules": ["c_attn"]}, "OFT can't wrap the cell 'c_attn' of class Conv1D"),
+    ],
+)
+def test_mistakes(twins, options, message):
+    with pytest.raises(InputError, match=message):
+        get_peft_model(twins.make_model(), OFTConfig(**options))
