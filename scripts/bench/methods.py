@@ -1,7 +1,7 @@
 """Every method on SST-2 with MiniLM: test accuracy, trainable share, step time, peak memory.
 
-    python scripts/bench/methods.py SST2_FOLDER                    # all, into docs/methods_sst2.md
-    python scripts/bench/methods.py SST2_FOLDER --only LoRA BitFit # print these rows
+    python scripts/bench/methods.py SST2_FOLDER                    # all, into the table of the READMEs
+    python scripts/bench/methods.py SST2_FOLDER --only LoRA BitFit # measure these rows again
 
 The folder holds train.tsv and test.tsv, lines "text<TAB>label" without a header. Each method trains one
 epoch by ``scripts/recipes/methods.yaml`` in a process of its own, so that peak memory is its own; learning
@@ -21,9 +21,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "scripts" / "recipes" / "methods.yaml"
-DOCUMENT = ROOT / "docs" / "methods_sst2.md"
+BEGIN, END = "<!-- table: scripts/bench/methods.py -->", "<!-- end of table -->"
+# File -> the heads of the table's columns.
+DOCUMENTS = {
+    "README.md": "| method | accuracy, % | trained numbers | share, % | median step, ms | peak memory, MiB |",
+    "README_zh.md": "| 方法 | 测试准确率 % | 可训练参数 | 占比 % | 每步中位耗时 ms | 峰值内存 MiB |",
+}
 
 QUERY_VALUE = ["query", "value"]
+WORDS = ["word_embeddings"]
 HEAD_ONLY = {"method": "full", "target_modules": ["classifier"]}
 # Name -> (peft section, learning rate). The ends first: the head alone, and everything.
 METHODS: dict[str, tuple[Any, float]] = {
@@ -46,14 +52,23 @@ METHODS: dict[str, tuple[Any, float]] = {
     "OFT": ({"method": "oft", "target_modules": QUERY_VALUE}, 1e-3),
     "BOFT": ({"method": "boft", "target_modules": QUERY_VALUE}, 1e-3),
     "HRA": ({"method": "hra", "target_modules": QUERY_VALUE}, 1e-3),
+    "MiSS": ({"method": "miss", "r": 16, "target_modules": QUERY_VALUE}, 2e-3),
+    "RoAd": ({"method": "road", "group_size": 64, "target_modules": QUERY_VALUE}, 1e-2),
+    "BEFT": ({"method": "beft", "target_modules": ["value"]}, 1e-2),
     "FourierFT": ({"method": "fourierft", "n_frequency": 1000, "target_modules": QUERY_VALUE}, 1e-2),
     "Houlsby": ({"method": "bottleneck", "preset": "double_seq_bn"}, 1e-3),
     "Pfeiffer": ({"method": "bottleneck", "preset": "seq_bn"}, 1e-3),
     "parallel adapter": ({"method": "bottleneck", "preset": "par_bn"}, 1e-3),
+    "scaled parallel adapter": ({"method": "bottleneck", "preset": "scaled_par_bn"}, 1e-3),
+    "AdapterPlus": ({"method": "bottleneck", "preset": "adapter_plus"}, 1e-3),
     "Compacter": ({"method": "bottleneck", "preset": "compacter"}, 3e-3),
     "prompt tuning": ({"method": "prompt_tuning", "num_virtual_tokens": 20}, 1e-2),
     "P-tuning": ({"method": "p_tuning", "num_virtual_tokens": 20, "encoder_hidden_size": 128}, 3e-3),
     "prefix tuning": ({"method": "prefix_tuning", "num_virtual_tokens": 20}, 1e-2),
+    "trainable tokens": (
+        {"method": "trainable_tokens", "token_indices": list(range(999, 5000)), "target_modules": WORDS},
+        1e-2,
+    ),
     "DiffPruning": ({"method": "diff_pruning", "target_modules": QUERY_VALUE}, 1e-3),
     "LoRA + BitFit": (
         [{"method": "lora", "r": 8, "lora_alpha": 16, "target_modules": QUERY_VALUE}, {"method": "bitfit"}],
@@ -93,6 +108,18 @@ def row(name: str, found: dict[str, float]) -> str:
     )
 
 
+def write(rows: dict[str, str]) -> None:
+    """Put these rows into the tables of the documents, in the order of ``METHODS``."""
+    for name, heads in DOCUMENTS.items():
+        path = ROOT / name
+        before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+        table, _, after = rest.partition(END)
+        kept = {line.split(" | ")[0].removeprefix("| "): line for line in table.splitlines()[3:] if line}
+        lines = [line for method in METHODS if (line := {**kept, **rows}.get(method))]
+        text = "\n".join([heads, "|---" * 6 + "|", *lines])
+        path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -100,18 +127,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", nargs="+", choices=list(METHODS), metavar="METHOD")
     arguments = parser.parse_args()
-    lines = [
-        "| method | test accuracy, % | trainable numbers | share, % | median step, ms | peak memory, MiB |",
-        "|---|---|---|---|---|---|",
-    ]
-    print("\n".join(lines))
+    print(DOCUMENTS["README.md"])
     for name in arguments.only or METHODS:
-        lines.append(row(name, run(name, arguments.folder.resolve())))
-        print(lines[-1], flush=True)
-    if not arguments.only:
-        about = "SST-2 (6,920 sentences, one epoch), MiniLM, batch 32, fp32, 2 CPU cores, seed 42.\n\n"
-        command = "    python scripts/bench/methods.py SST2_FOLDER\n\n"
-        DOCUMENT.write_text(f"# Every method on SST-2\n\n{about}{command}" + "\n".join(lines) + "\n", "utf-8")
+        line = row(name, run(name, arguments.folder.resolve()))
+        print(line, flush=True)
+        write({name: line})
 
 
 if __name__ == "__main__":
