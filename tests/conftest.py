@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +14,39 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("GLOG_v", "3")  # MindSpore's warnings drown the test report
+
+
+@contextmanager
+def _in_mode(mode: str) -> Iterator[None]:
+    """An execution mode and a fixed seed, and the mode from before at the end."""
+    import mindspore as ms
+
+    before = ms.get_context("mode")
+    ms.set_context(mode=ms.GRAPH_MODE if mode == "graph" else ms.PYNATIVE_MODE)
+    ms.set_seed(1)
+    yield
+    ms.set_context(mode=before)
+
+
+@pytest.fixture
+def graph_mode() -> Iterator[None]:
+    """The test starts in graph mode, whatever ran before it, with a fixed seed."""
+    with _in_mode("graph"):
+        yield
+
+
+@pytest.fixture
+def pynative() -> Iterator[None]:
+    """The test starts in PyNative mode, whatever ran before it, with a fixed seed."""
+    with _in_mode("pynative"):
+        yield
+
+
+@pytest.fixture(params=["graph", "pynative"])
+def mode(request) -> Iterator[str]:
+    """The test runs once in each mode, with a fixed seed."""
+    with _in_mode(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="session")

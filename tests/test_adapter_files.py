@@ -18,14 +18,10 @@ from mindpeft.adapter_files import base_name, is_stray, own_name, read_tensors
 from mindpeft.errors import InputError
 from mindpeft.parameters import base_places
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 WEIGHTS = "adapter_model.safetensors"
 QUERY = "base_model.model.encoder.layer.0.attention.self.query"
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    ms.set_seed(2)
 
 
 @pytest.fixture

@@ -15,11 +15,7 @@ from mindpeft import LoraConfig, PeftModel, get_peft_model
 from mindpeft.errors import InputError
 from mindpeft.parameters import base_places
 
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    ms.set_seed(1)
+pytestmark = pytest.mark.usefixtures("graph_mode")
 
 
 def config(**options):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mindspore as ms
 import peft
 import pytest
 
@@ -10,8 +9,7 @@ from mindpeft import LoraConfig, get_peft_model
 
 
 @pytest.fixture
-def model(twins):
-    ms.set_context(mode=ms.GRAPH_MODE)
+def model(twins, graph_mode):
     made = get_peft_model(twins.make_model(), LoraConfig(r=4, target_modules=["query", "words"]), "one")
     made.add_adapter("two", LoraConfig(r=2, target_modules=["query", "dense"], task_type="SEQ_CLS"))
     return made

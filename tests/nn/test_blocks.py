@@ -10,13 +10,7 @@ from mindspore import Tensor
 
 from mindpeft.nn import Embedding, LayerNorm, Linear
 
-
-@pytest.fixture(params=["pynative", "graph"], autouse=True)
-def mode(request) -> str:
-    """Run each test in both modes; PyNative stays set."""
-    ms.set_context(mode=ms.GRAPH_MODE if request.param == "graph" else ms.PYNATIVE_MODE)
-    yield request.param
-    ms.set_context(mode=ms.PYNATIVE_MODE)
+pytestmark = pytest.mark.usefixtures("mode")
 
 
 def filled(ours, theirs):

@@ -17,14 +17,9 @@ from tests.models import reference
 from tests.models.reference import make_batch, make_reference, open_ours, run_ours, run_theirs
 from tests.parity.adapters import make_peft_model
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 LABELS = np.array([0, 3, 2], np.int32)
-
-
-@pytest.fixture(autouse=True)
-def _graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
 @pytest.fixture(scope="module")

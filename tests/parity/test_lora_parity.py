@@ -57,14 +57,6 @@ IN_GRAPH_BY_DEFAULT = ("lora_bias", "embedding_and_linear")
 LABELS = np.array([0, 3, 2], np.int32)
 
 
-@pytest.fixture(params=["pynative", "graph"])
-def mode(request):
-    """The execution mode; PyNative stays set."""
-    ms.set_context(mode=ms.GRAPH_MODE if request.param == "graph" else ms.PYNATIVE_MODE)
-    yield request.param
-    ms.set_context(mode=ms.PYNATIVE_MODE)
-
-
 OPTIONS_AND_MODES = [
     *((name, "pynative") for name in OPTIONS),
     *(

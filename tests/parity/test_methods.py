@@ -36,6 +36,8 @@ from tests.parity.adapters import (
 )
 from tests.parity.case import HEADS, TASK_TYPES, Case, all_cases
 
+pytestmark = pytest.mark.usefixtures("pynative")
+
 CLASSES = {"sequence": 4, "token": 5, "masked": reference.SIZES["vocab_size"]}
 STEPS = 20
 CASES = {case.name: case for case in all_cases()}
@@ -65,13 +67,6 @@ def bases(tmp_path_factory, minilm_dir):
         return made[size, head]
 
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _pynative():
-    ms.set_context(mode=ms.PYNATIVE_MODE)
-    yield
-    ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
 def open_theirs(folder: Path, head: str, **options: Any) -> transformers.PreTrainedModel:

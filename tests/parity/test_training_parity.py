@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 
-import mindspore as ms
 import numpy as np
 import pytest
 import torch
@@ -21,14 +20,9 @@ from tests.models import reference
 from tests.models.reference import make_batch, make_reference, open_ours, run_theirs
 from tests.parity.adapters import make_peft_model
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 STEPS, WARMUP, RATE, DECAY = 50, 5, 1e-3, 0.01
-
-
-@pytest.fixture(autouse=True)
-def _graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
 def real_batches(folder, count, size=4, length=24):

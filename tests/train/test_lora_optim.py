@@ -23,13 +23,6 @@ LABELS = np.array([0, 2, 1, 1], np.int32)
 OPTIONS = {"r": 4, "target_modules": ["query", "intermediate", "c_attn"], "modules_to_save": ["classifier"]}
 
 
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
-
-
 def pair(twins, folder, **options):
     """The same fresh adapter, trainable, in PEFT and here."""
     torch.manual_seed(1)

@@ -26,6 +26,8 @@ from tests.tuners.against_peft import (
     check_writing,
 )
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 
 class AdaLora(Method):
     def in_peft(self, *args, **options):
@@ -46,13 +48,6 @@ CASES = {
 }
 LABELS = np.array([0, 2, 1, 1], np.int32)
 SCHEDULE = {"total_step": 24, "tinit": 3, "tfinal": 6, "init_r": 4, "target_r": 2, "orth_reg_weight": 0.3}
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 @pytest.mark.parametrize("name", CASES)

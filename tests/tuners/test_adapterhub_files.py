@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 
-import mindspore as ms
 import numpy as np
 import pytest
 import torch
@@ -26,10 +25,7 @@ from mindpeft.tuners.adapterhub_files import (
 )
 from tests.tuners.adapterhub import CASES, DATA, EXPECTED, INPUTS, fresh, logits, make_base, randomised
 
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
+pytestmark = pytest.mark.usefixtures("graph_mode")
 
 
 def tensors_of(folder, names):

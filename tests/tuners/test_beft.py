@@ -13,19 +13,14 @@ from mindpeft.errors import InputError
 from mindpeft.tuners.beft import BeftConfig
 from tests.tuners import against_peft as check
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 BEFT = check.Method("BeftConfig", noise=0.2)
 OPTIONS = {
     "default_targets": {},
     "random": {"target_modules": ["dense", "key"], "init_weights": False, "task_type": "SEQ_CLS"},
     "regex": {"target_modules": r".*layer\.[02]\..*\.dense", "modules_to_save": ["c_attn"]},
 }
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

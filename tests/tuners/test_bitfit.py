@@ -17,6 +17,8 @@ from mindpeft.config import PeftConfig
 from mindpeft.errors import InputError
 from tests.tuners.oracle import assert_gradients_equal, curve, gradients, shift, torch_curve, torch_gradients
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 LAYER_1_UP = r"(?!encoder\.layer\.0\.).*"
 # name -> a config, and the parameters that it trains as a regular expression.
 CASES = {
@@ -56,13 +58,6 @@ CASES = {
         r"classifier\..*",
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 def torch_with(twins, pattern):

@@ -12,6 +12,8 @@ from mindpeft.errors import InputError
 from mindpeft.tuners.boft import BOFTConfig
 from tests.tuners import against_peft as check
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 BOFT = check.Method("BOFTConfig", {"init_weights": False})
 OPTIONS = {
     "default_targets": {},
@@ -29,13 +31,6 @@ OPTIONS = {
         "exclude_modules": ["attention.output.dense"],
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -27,14 +27,9 @@ from tests.tuners.adapterhub import (
     randomised,
 )
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 COMPACTER = ("compacter", "compacter_plus_plus", "own_rules", "own_matrices", "shared_matrices")
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in COMPACTER])

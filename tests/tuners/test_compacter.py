@@ -13,14 +13,9 @@ from mindpeft.errors import InputError
 from mindpeft.tuners.compacter import weight_of
 from tests.tuners.adapterhub import EXPECTED, check_case, fresh, logits, make_base, opened, randomised
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 CASES = ("compacter", "compacter_plus_plus", "own_rules", "own_matrices", "shared_matrices")
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 @pytest.mark.parametrize("name", CASES)

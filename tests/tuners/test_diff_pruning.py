@@ -19,15 +19,10 @@ from mindpeft.train.runner import StepRunner
 from mindpeft.tuners.diff_pruning import DiffLayer
 from tests.tuners.oracle import LABELS
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 TARGETS = ["query", "c_attn", "kinds", "LayerNorm", "intermediate"]
 GAMMA, ZETA, L0 = -1.4, 1.3, 1e-3
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 class Fixed(nn.Cell):

@@ -11,14 +11,9 @@ from mindspore import Tensor
 
 from mindpeft import LoraConfig, get_peft_model
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 EVERYWHERE = ["query", "intermediate", "words", "kinds", "c_attn"]
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 def dora(**options):

@@ -15,6 +15,8 @@ from mindpeft.tuners import fourierft
 from mindpeft.tuners.fourierft import FourierFTConfig, places_of
 from tests.tuners import against_peft as check
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 FOURIERFT = check.Method("FourierFTConfig", {"n_frequency": 30, "scaling": 20.0})
 OPTIONS = {
     "default_targets": {},
@@ -36,13 +38,6 @@ OPTIONS = {
         "exclude_modules": ["layer.2.attention.self.query"],
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -12,6 +12,8 @@ from mindpeft.errors import InputError
 from mindpeft.tuners.hra import HRAConfig
 from tests.tuners import against_peft as check
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 HRA = check.Method("HRAConfig", {"init_weights": False, "r": 4})
 OPTIONS = {
     "default_targets": {},
@@ -24,13 +26,6 @@ OPTIONS = {
         "exclude_modules": ["attention.output.dense"],
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -13,6 +13,8 @@ from mindpeft.errors import InputError
 from mindpeft.tuners.ia3 import IA3_FEEDFORWARD, IA3_TARGETS, IA3Config
 from tests.tuners import against_peft as check
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 IA3 = check.Method("IA3Config", {"init_ia3_weights": True}, noise=0.3)
 OPTIONS = {
     "default_targets": {},
@@ -28,13 +30,6 @@ OPTIONS = {
         "task_type": "SEQ_CLS",
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

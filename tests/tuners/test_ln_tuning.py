@@ -19,19 +19,14 @@ from mindpeft.train.optim import undecayed_names
 from mindpeft.tuners.ln_tuning import LN_TARGETS
 from tests.tuners.oracle import assert_gradients_equal, curve, gradients, shift, torch_curve, torch_gradients
 
+pytestmark = pytest.mark.usefixtures("pynative")
+
 OPTIONS = {
     "plain": {"target_modules": ["LayerNorm"]},
     "regex": {"target_modules": r"encoder\.layer\.[02]\..*LayerNorm"},
     "exclude": {"target_modules": ["LayerNorm"], "exclude_modules": ["attention.output.LayerNorm"]},
     "head": {"target_modules": ["output.LayerNorm"], "modules_to_save": ["classifier"]},
 }
-
-
-@pytest.fixture(autouse=True)
-def pynative():
-    ms.set_context(mode=ms.PYNATIVE_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 def torch_peft(twins, options, folder=None):

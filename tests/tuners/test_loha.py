@@ -12,6 +12,8 @@ from mindpeft.errors import InputError
 from mindpeft.tuners.loha import LoHaConfig
 from tests.tuners import against_peft as check
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 LOHA = check.Method("LoHaConfig", {"init_weights": False})
 OPTIONS = {
     "default_targets": {},
@@ -30,13 +32,6 @@ OPTIONS = {
         "task_type": "SEQ_CLS",
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -13,6 +13,8 @@ from mindpeft.errors import InputError
 from mindpeft.tuners.lokr import LoKrConfig, split
 from tests.tuners import against_peft as check
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 LOKR = check.Method("LoKrConfig", {"init_weights": False})
 WIDE = ["intermediate", "dense", "query"]
 OPTIONS = {
@@ -29,13 +31,6 @@ OPTIONS = {
         "task_type": "SEQ_CLS",
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -16,6 +16,8 @@ from mindpeft import LoraConfig, PeftModel, get_peft_model
 from mindpeft.config import PeftConfig
 from mindpeft.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 # Every option of ordinary LoRA, each with random B so that the adapter matters.
 OPTIONS = {
     "plain": {"target_modules": ["query", "value"]},
@@ -46,13 +48,6 @@ OPTIONS = {
     "dora_conv1d": {"target_modules": ["c_attn"], "use_dora": True, "fan_in_fan_out": True, "r": 3},
     "dora_embeddings": {"target_modules": ["words", "kinds", "key"], "use_dora": True, "use_rslora": True},
 }
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 def torch_peft(twins, options, folder=None):

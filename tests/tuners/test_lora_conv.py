@@ -15,6 +15,8 @@ from mindpeft.errors import InputError
 from mindpeft.parameters import base_places
 from tests.tuners.against_peft import check_files, file_name, randomise
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 X = np.random.default_rng(3).normal(size=(2, 4, 9, 10)).astype(np.float32)
 
 
@@ -64,13 +66,6 @@ OPTIONS = {
     "grouped": {"target_modules": ["wide", "grouped"], "r": 4, "rank_pattern": {"wide": 2}},
     "lora_bias": {"target_modules": ["wide", "line", "head"], "use_rslora": True, "lora_bias": True},
 }
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 def in_peft(name, folder):

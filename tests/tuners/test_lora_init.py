@@ -16,6 +16,8 @@ from mindpeft.errors import InputError
 from mindpeft.parameters import base_places
 from tests.tuners.against_peft import Method, check_reading
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 TARGETS = {"target_modules": ["query", "value", "intermediate", "output.dense"], "r": 4}
 TAKING = {
     "pissa": {**TARGETS, "init_lora_weights": "pissa"},
@@ -37,13 +39,6 @@ METHOD = Method("LoraConfig", names={"magnitude_vector.weight": "magnitude_vecto
 # torch's decomposition in float32 puts up to 6e-6 of noise into what PEFT takes out of the twins' weights,
 # ours 3e-7 (test_what_is_taken_out_is_exact); the logits show some times that.
 NOISE, NOISE_OF_LOGITS = 2e-5, 5e-5
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 def weights(model):

@@ -14,6 +14,8 @@ from mindpeft.errors import InputError
 from mindpeft.parameters import base_places
 from tests.tuners import against_peft as check
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 IDS = np.random.default_rng(1).normal(size=(4, 4, 9, 8)).astype(np.float32)  # images, in fact
 
 
@@ -82,13 +84,6 @@ OPTIONS = {
     "lokr_flat": ("LoKrConfig", {**ALL, "r": 1, "alpha": 1, "decompose_both": True}),
     "lokr_effective": ("LoKrConfig", {**ALL, "r": 1, "alpha": 1, "use_effective_conv2d": True}),
 }
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 def true_product(t1, a1, b1, t2, a2, b2, scale):

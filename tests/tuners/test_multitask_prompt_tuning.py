@@ -29,16 +29,11 @@ from tests.tuners.prompts import (
     outputs_there,
 )
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 METHOD = prompts.Method("MultitaskPromptTuningConfig", {"num_virtual_tokens": 4, "num_ranks": 2})
 TASKS = {"task_ids": np.array([2, 0, 2], np.int32)}
 NAMES = {"prompt_encoder.embedding.weight": "prompt_embeddings"}
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 def names(tensors):

@@ -13,6 +13,8 @@ from mindpeft.errors import InputError
 from mindpeft.tuners.oft import OFTConfig
 from tests.tuners import against_peft as check
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 OFT = check.Method("OFTConfig", {"oft_block_size": 4})
 OPTIONS = {
     "default_targets": {},
@@ -33,13 +35,6 @@ OPTIONS = {
     "shared": {"target_modules": ["dense"], "block_share": True, "task_type": "SEQ_CLS"},
     "embeddings": {"target_modules": ["words", "kinds"], "bias": "all"},
 }
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

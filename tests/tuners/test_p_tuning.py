@@ -29,17 +29,12 @@ from tests.tuners.prompts import (
     outputs_here,
 )
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 METHOD = prompts.Method("PromptEncoderConfig", {"num_virtual_tokens": 4})
 MLP = {"encoder_hidden_size": 20}
 LSTM = {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 10}
 DEEP = {**LSTM, "encoder_num_layers": 3}
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 @pytest.mark.parametrize(("head", "options"), [("sequence", {}), ("token", LSTM)])

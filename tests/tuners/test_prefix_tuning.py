@@ -31,15 +31,10 @@ from tests.tuners.prompts import (
     outputs_there,
 )
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 METHOD = prompts.Method("PrefixTuningConfig", {"num_virtual_tokens": 4})
 PROJECTED = {"prefix_projection": True, "encoder_hidden_size": 20}
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 def from_peft(tensors):

@@ -34,14 +34,9 @@ from tests.tuners.prompts import (
     outputs_there,
 )
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 METHOD = prompts.Method("PromptTuningConfig", {"num_virtual_tokens": 4})
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ from mindpeft.errors import InputError
 from mindpeft.tuners.road import RoadConfig
 from tests.tuners import against_peft as check
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 ROAD = check.Method("RoadConfig", {"group_size": 8}, noise=0.2)
 OPTIONS = {
     "default_targets": {},
@@ -19,13 +21,6 @@ OPTIONS = {
     "road_4": {"target_modules": ["query", "intermediate"], "variant": "road_4", "task_type": "SEQ_CLS"},
     "pairs": {"target_modules": r".*layer\.1\..*\.dense", "group_size": 2, "modules_to_save": ["classifier"]},
 }
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -23,6 +23,8 @@ from tests.tuners.against_peft import (
     check_writing,
 )
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 TOKENS = [3, 11, 0, 20, 7]  # the padding token too, and not in order
 ALONE = Method("TrainableTokensConfig")
 LORA = Method("LoraConfig", {"init_lora_weights": False, "target_modules": ["query"]})
@@ -35,13 +37,6 @@ CASES = {
         {"trainable_token_indices": {"words": TOKENS, "kinds": [2]}, "modules_to_save": ["classifier"]},
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -15,6 +15,8 @@ from mindpeft.errors import InputError
 from mindpeft.tuners.vera import VeraConfig
 from tests.tuners import against_peft as check
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 VERA = check.Method("VeraConfig", {"r": 12}, noise=0.1)
 OPTIONS = {
     "default_targets": {"d_initial": 0.3},
@@ -24,13 +26,6 @@ OPTIONS = {
     "bias_vera_only": {"target_modules": ["query", "intermediate"], "bias": "vera_only"},
     "layers": {"target_modules": ["dense"], "layers_to_transform": [1], "layers_pattern": "layer"},
 }
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

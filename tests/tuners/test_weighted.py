@@ -21,8 +21,7 @@ CONFIGS = {
 
 
 @pytest.fixture
-def model(twins):
-    ms.set_context(mode=ms.GRAPH_MODE)
+def model(twins, graph_mode):
     ms.set_seed(7)
     configs = {name: LoraConfig(**options, init_lora_weights=False) for name, options in CONFIGS.items()}
     made = get_peft_model(twins.make_model(), configs.pop("one"), "one")
