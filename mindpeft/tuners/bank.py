@@ -376,9 +376,11 @@ class AdapterBank:
         required = plan.copies if plan.classes else sorted(plan.replaced)
         found, own = sort_tensors(tensors, slots, self.base.places, required)
         values = {
-            path: {leaf: found[name].astype(np.float32) for leaf, name in leaves.items()}
-            for path, leaves in names.items()
+            path: {leaf: found[name] for leaf, name in leaves.items()} for path, leaves in names.items()
         }
+        for path, kind in plan.classes.items():
+            kind.check_values(plan.sites[path], values[path])
+            values[path] = {leaf: _widened(value) for leaf, value in values[path].items()}
         # PEFT saves whole embeddings beside an adapter that targets one; what the base has anyway is let go.
         kept = {
             key: value
@@ -412,3 +414,8 @@ class AdapterBank:
             raise InputError(
                 f"can't {action} while {', '.join(self.merged)} is merged; call unmerge_adapter() first"
             )
+
+
+def _widened(value: np.ndarray) -> np.ndarray:
+    """Floats in float32; whole numbers (indices) as they are, which float32 would round above 2^24."""
+    return value.astype(np.float32) if value.dtype.kind == "f" else value

@@ -131,6 +131,14 @@ class Slot(nn.Cell):
         return tensors
 
     @classmethod
+    def check_values(cls, site: Site, tensors: Tensors) -> None:
+        """Refuse a file's tensors of the right names and shapes whose values can't be an adapter's.
+
+        Raises:
+            InputError: a value is not allowed where it is.
+        """
+
+    @classmethod
     def initial_tensors(cls, site: Site) -> Tensors:
         """Fresh values of those tensors, from NumPy's global generator (which `mindspore.set_seed` seeds)."""
         raise NotImplementedError

@@ -106,6 +106,12 @@ class DiffPruningConfig(TargetedConfig):
             raise InputError(f"gamma must be below 0 and zeta above 1, not {self.gamma} and {self.zeta}")
         if self.prune_step is not None:
             check_count("prune_step", self.prune_step)
+        for tensor, count in (self.kept or {}).items():
+            check_count(f"kept[{tensor!r}]", count, least=0)
+
+    def check_file(self) -> None:
+        if self.kept is None:
+            raise InputError("the key 'kept' is missing: how many differences the file has of each tensor")
 
     def slot_class(self, cell: nn.Cell, path: str) -> type[TunerLayer]:
         if is_embedding(cell):
@@ -159,6 +165,23 @@ def is_sparse(names: Collection[str]) -> bool:
     return any(name.endswith(".values") for name in names)
 
 
+def check_indices(name: str, indices: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Raise ``InputError`` unless ``indices`` (axes, kept) are different places in a tensor of ``shape``."""
+    if indices.dtype.kind not in "iu":
+        raise InputError(f"{name!r} must hold whole numbers, not {indices.dtype}")
+    for axis, (row, length) in enumerate(zip(indices, shape, strict=True)):
+        outside = row[(row < 0) | (row >= length)]
+        if outside.size:
+            raise InputError(
+                f"{name!r} has the index {outside[0]} for axis {axis}, which must lie in [0, {length})"
+            )
+    flat = np.ravel_multi_index(tuple(indices.astype(np.int64)), shape)
+    places, counts = np.unique(flat, return_counts=True)
+    if (counts > 1).any():
+        twice = tuple(map(int, np.unravel_index(places[counts.argmax()], shape)))
+        raise InputError(f"{name!r} names the place {twice} twice; each difference must have its own")
+
+
 def differences(site: Site, tensors: Tensors) -> Tensors:
     """z * w of evaluation by the cell's leaves, from an adapter's tensors of either kind."""
     found = {}
@@ -166,7 +189,7 @@ def differences(site: Site, tensors: Tensors) -> Tensors:
         name = f"diff_{leaf}"
         if is_sparse(tensors):
             value = np.zeros(getattr(site.cell, attribute).shape, np.float32)
-            value[tuple(tensors[f"{name}.indices"].astype(np.int64))] = tensors[f"{name}.values"]
+            value[tuple(tensors[f"{name}.indices"])] = tensors[f"{name}.values"]
         else:
             gates = site.config.gates(tensors[f"{name}_alpha"]) * site.config.gates(tensors[f"{name}_group"])
             value = gates * tensors[name].astype(np.float32)
@@ -210,6 +233,12 @@ class DiffLayer(TunerLayer):
             axes = getattr(site.cell, attribute).ndim
             shapes |= {f"diff_{leaf}.indices": (axes, kept), f"diff_{leaf}.values": (kept,)}
         return shapes
+
+    @classmethod
+    def check_values(cls, site: Site, tensors: Tensors) -> None:
+        for leaf, attribute in diff_tensors(site.cell).items():
+            shape = getattr(site.cell, attribute).shape
+            check_indices(f"{site.path}.diff_{leaf}.indices", tensors[f"diff_{leaf}.indices"], shape)
 
     @classmethod
     def initial_tensors(cls, site: Site) -> Tensors:
@@ -260,7 +289,7 @@ class DiffLayer(TunerLayer):
             return
         dense, names = {}, set()
         for name in (name for name in self.slot_shapes if f"{name}.values" in tensors):
-            place = tuple(tensors[f"{name}.indices"].astype(np.int64))
+            place = tuple(tensors[f"{name}.indices"])
             value, alpha = (np.full(self.slot_shapes[name], start, np.float32) for start in (0.0, -OPEN))
             value[place], alpha[place] = tensors[f"{name}.values"], OPEN
             dense |= {name: value, f"{name}_alpha": alpha, f"{name}_group": np.full(1, OPEN, np.float32)}
@@ -273,7 +302,7 @@ class DiffLayer(TunerLayer):
         found: Tensors = {}
         for name in (name for name in self.slot_shapes if f"{name}.values" in shapes):
             place = np.nonzero(self.slot(f"{name}_alpha").asnumpy() > 0)
-            found[f"{name}.indices"] = np.stack(place).astype(np.float32)
+            found[f"{name}.indices"] = np.stack(place).astype(np.int32)
             found[f"{name}.values"] = self.slot(name).asnumpy()[place]
         return found
 
