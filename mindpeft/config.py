@@ -156,6 +156,13 @@ class PeftConfig:
             InputError: it can't be rebuilt at all.
         """
 
+    def check_origin(self, peft_version: str | None) -> None:
+        """Warn of a file whose writer meant something else by these keys and tensors.
+
+        Args:
+            peft_version: of the PEFT that wrote it; ``None`` where the file does not say, as before 0.18.
+        """
+
     def slot_classes(self, base: BaseModel) -> dict[str, type[Slot]]:
         """The class of the slot at each place that the method changes, by path; "" is the model itself."""
         return {}
@@ -231,7 +238,9 @@ class PeftConfig:
         if not isinstance(values, dict):
             raise InputError(f"{path} must hold a JSON object, not {type(values).__name__}")
         try:
-            return cls.from_dict(values)
+            config = cls.from_dict(values)
+            config.check_origin(values.get("peft_version"))
+            return config
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
 

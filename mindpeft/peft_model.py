@@ -194,8 +194,9 @@ class PeftModel(nn.Cell):
         """Make an adapter the active one, trainable if it was added so; or several, which act together.
 
         Only parameter values change, so nothing recompiles, except when more adapters act together than ever
-        before, or for training with another ``lora_dropout``. Of a head or bias that several active adapters
-        have, the last one's is used.
+        before, for training with another ``lora_dropout``, or where a method of virtual tokens (prompt, prefix
+        or P-tuning) is switched on or off: the graph is another one then, compiled at the next call. Of a head
+        or bias that several active adapters have, the last one's is used.
 
         Raises:
             InputError: there is no such adapter, one is named twice, or one is merged.
@@ -215,9 +216,11 @@ class PeftModel(nn.Cell):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Context manager: inside, the model is the base model. Nothing recompiles.
+        """Context manager: inside, the model is the base model.
 
         Unlike in PEFT, that holds for trained biases too: the base model's own values stand in for them.
+        Nothing recompiles, except with methods of virtual tokens (prompt, prefix and P-tuning): without these
+        tokens the graph is another one, compiled at the first call inside and again at the first one after.
         """
         with self._bank.disabled():
             yield

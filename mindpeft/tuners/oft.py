@@ -8,6 +8,7 @@ R = (I - Q) (I + Q)^-1 (Cayley), or the first terms of the series of (I + Q) (I 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -102,6 +103,18 @@ class OFTConfig(TargetedConfig):
         check_count("num_cayley_neumann_terms", self.num_cayley_neumann_terms, least=2)
         if self.coft:
             raise InputError("coft=True is not supported; only unconstrained OFT is (leave it at False)")
+
+    def check_origin(self, peft_version: str | None) -> None:
+        version = tuple(map(int, re.findall(r"\d+", peft_version or "")[:2]))
+        terms = series_terms(self)
+        if version < (0, 18) and terms > 2:
+            logger.warning(
+                "the adapter is from PEFT before 0.18, where use_cayley_neumann with %d terms ended in 2 Q^%d; "
+                "as in PEFT since, it ends in Q^%d here, so answers differ slightly from those in training",
+                terms,
+                terms - 1,
+                last_power(terms),
+            )
 
     def slot_class(self, cell: nn.Cell, path: str) -> type[TunerLayer]:
         if is_embedding(cell):
@@ -229,6 +242,11 @@ def series_terms(config: OFTConfig) -> int:
     return config.num_cayley_neumann_terms if config.use_cayley_neumann else 0
 
 
+def last_power(terms: int) -> int:
+    """The last power of Q in a series of more than two terms."""
+    return max(terms - 1, 3)
+
+
 def series(skew: Any, one: Any, terms: int, product: Callable) -> Any:
     """I + 2 Q + 2 Q^2 + ... + Q^(terms - 1); as in PEFT, two terms are I + 2 Q and three are as four.
 
@@ -241,7 +259,7 @@ def series(skew: Any, one: Any, terms: int, product: Callable) -> Any:
     result = one + skew * 2.0
     if terms == 2:
         return result
-    last = max(terms - 1, 3)
+    last = last_power(terms)
     power = skew
     for exponent in range(2, last + 1):
         power = product(power, skew)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import re
+
 import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn
 from peft.tuners.oft.layer import OFTLayer
 
-from mindpeft import get_peft_model
+from mindpeft import PeftConfig, get_peft_model
 from mindpeft.errors import InputError
 from mindpeft.tuners.oft import OFTConfig
 from tests.tuners import against_peft as check
@@ -50,6 +54,29 @@ def test_peft_reads_what_we_wrote(twins, tmp_path, name):
 @pytest.mark.parametrize("name", ["exact_cayley", "embeddings"])
 def test_pynative_gives_the_same(twins, tmp_path, name):
     check.check_pynative(twins, tmp_path, OFT, **OPTIONS[name])
+
+
+@pytest.mark.parametrize(
+    ("version", "options", "message"),
+    [
+        (None, {}, r"5 terms ended in 2 Q^4; as in PEFT since, it ends in Q^4"),
+        ("0.17.2.dev0@a1", {"num_cayley_neumann_terms": 3}, r"3 terms ended in 2 Q^2; .* ends in Q^3"),
+        ("odd", {}, "from PEFT before 0.18"),
+        ("0.18.0", {}, None),
+        ("1.0", {}, None),
+        (None, {"num_cayley_neumann_terms": 2}, None),  # the same then as now
+        (None, {"use_cayley_neumann": False}, None),
+    ],
+)
+def test_files_from_before_the_series_changed_are_warned_of(tmp_path, caplog, version, options, message):
+    OFTConfig(oft_block_size=4, **options).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    values = {**json.loads(path.read_text()), "peft_version": version}
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+    with caplog.at_level(logging.WARNING, "mindpeft"):
+        PeftConfig.from_pretrained(tmp_path)
+    assert bool(caplog.text) == bool(message)
+    assert re.search((message or "").replace("^", r"\^"), caplog.text)
 
 
 @pytest.mark.parametrize("init", [True, False])
