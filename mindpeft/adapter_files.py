@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -142,10 +143,28 @@ def read_tensors(folder: str | os.PathLike, config: PeftConfig) -> dict[str, np.
     Raises:
         InputError: no weights file, a damaged one, or tensors of something that is no adapter of a cell.
     """
-    folder = Path(folder)
-    path = next((folder / name for name in WEIGHT_NAMES if (folder / name).is_file()), None)
+    with _opened(folder, config) as (checkpoint, names):
+        return {short: checkpoint[name].numpy() for short, name in names.items()}
+
+
+def tensor_shapes(folder: str | os.PathLike, config: PeftConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors that ``read_tensors`` gives, without reading them. Raises as it does."""
+    with _opened(folder, config) as (checkpoint, names):
+        return {short: tuple(checkpoint.info(name).shape) for short, name in names.items()}
+
+
+def weights_file(folder: str | os.PathLike) -> Path:
+    """The file of an adapter's tensors. Raises ``InputError`` if there is none."""
+    path = next((Path(folder) / name for name in WEIGHT_NAMES if (Path(folder) / name).is_file()), None)
     if path is None:
         raise InputError(f"{folder} holds no adapter: neither {' nor '.join(WEIGHT_NAMES)} is there")
+    return path
+
+
+@contextmanager
+def _opened(folder: str | os.PathLike, config: PeftConfig) -> Iterator[tuple[Checkpoint, dict[str, str]]]:
+    """An adapter's file of tensors, and the names in it by those without the config's prefixes."""
+    path = weights_file(folder)
     prefixes = (config.CELL_PREFIX, config.SHARED_PREFIX)
     with open_checkpoint(path) as checkpoint:
         foreign = [name for name in checkpoint if not name.startswith(prefixes)]
@@ -154,7 +173,7 @@ def read_tensors(folder: str | os.PathLike, config: PeftConfig) -> dict[str, np.
                 f"{path}: tensor names must start with {prefixes[0]!r}, but {shortened(foreign)} does not"
             )
         check_floats(checkpoint, (n for n in checkpoint if n.rpartition(".")[2] not in config.WHOLE_NUMBERS))
-        return {_without(prefixes, name): checkpoint[name].numpy() for name in checkpoint}
+        yield checkpoint, {_without(prefixes, name): name for name in checkpoint}
 
 
 def check_floats(checkpoint: Checkpoint, names: Iterable[str]) -> None:

@@ -194,9 +194,9 @@ class PeftModel(nn.Cell):
         """Make an adapter the active one, trainable if it was added so; or several, which act together.
 
         Only parameter values change, so nothing recompiles, except when more adapters act together than ever
-        before, for training with another ``lora_dropout``, or where a method of virtual tokens (prompt, prefix
-        or P-tuning) is switched on or off: the graph is another one then, compiled at the next call. Of a head
-        or bias that several active adapters have, the last one's is used.
+        before, for training with another ``lora_dropout``, or where a method of virtual tokens (prompt,
+        prefix or P-tuning) is switched on or off: the graph is another one then, compiled at the next call.
+        Of a head or bias that several active adapters have, the last one's is used.
 
         Raises:
             InputError: there is no such adapter, one is named twice, or one is merged.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from mindpeft.tuners.bank import AdapterBank
 
 
+Named = tuple[str, tuple[int, ...]]  # a tensor's name and shape
+
+
 @dataclass(frozen=True)
 class TunerLayerStatus:
     """What is injected at one place.
@@ -22,6 +26,7 @@ class TunerLayerStatus:
         module_type: the method's layer there, such as "LoraLinear"; "saved" for a cell that is trained and
             saved whole, "selected" for parameters trained where they are.
         parameters: adapter -> how many numbers it has there.
+        tensors: adapter -> (name, shape) of each of its tensors there.
         enabled: whether adapters are switched on.
         active_adapters: those of ``available_adapters`` that act now.
         merged_adapters: those that are merged.
@@ -32,6 +37,7 @@ class TunerLayerStatus:
     name: str
     module_type: str
     parameters: dict[str, int]
+    tensors: dict[str, list[Named]]
     enabled: bool
     active_adapters: list[str]
     merged_adapters: list[str]
@@ -66,36 +72,38 @@ class TunerModelStatus:
 
 def layer_status(bank: AdapterBank) -> list[TunerLayerStatus]:
     """A status for each kind of thing at each place, in the model's order."""
-    found: dict[tuple[str, str], dict[str, int]] = {}
+    found: dict[tuple[str, str], dict[str, list[Named]]] = {}
     for name, adapter in bank.adapters.items():
-        for path, kind, size in _places(bank, adapter):
-            sizes = found.setdefault((path, kind), {})
-            sizes[name] = sizes.get(name, 0) + size
+        for path, kind, tensor, shape in _places(adapter):
+            found.setdefault((path, kind), {}).setdefault(name, []).append((tensor, shape))
     order = {path: index for index, path in enumerate(["", *bank.base.cells])}
     return [
         TunerLayerStatus(
             name=path,
             module_type=kind,
-            parameters=sizes,
+            parameters={name: sum(math.prod(shape) for _, shape in held) for name, held in tensors.items()},
+            tensors=tensors,
             enabled=bank.enabled,
-            active_adapters=[name for name in bank.active if name in sizes],
-            merged_adapters=[name for name in bank.merged if name in sizes],
-            requires_grad={name: bank.adapters[name].trainable for name in sizes},
-            available_adapters=list(sizes),
+            active_adapters=[name for name in bank.active if name in tensors],
+            merged_adapters=[name for name in bank.merged if name in tensors],
+            requires_grad={name: bank.adapters[name].trainable for name in tensors},
+            available_adapters=list(tensors),
         )
-        for (path, kind), sizes in sorted(found.items(), key=lambda item: order[item[0][0]])
+        for (path, kind), tensors in sorted(found.items(), key=lambda item: order[item[0][0]])
     ]
 
 
-def _places(bank: AdapterBank, adapter: Adapter) -> Iterator[tuple[str, str, int]]:
-    """Path, kind and size of everything that an adapter has in a model."""
+def _places(adapter: Adapter) -> Iterator[tuple[str, str, str, tuple[int, ...]]]:
+    """Path, kind, name and shape of every tensor that an adapter has in a model."""
     saved: set[str] = set()
     for part in adapter.parts:
         for path, tensors in part.tensors.items():
-            yield path, part.plan.classes[path].__name__, sum(value.size for value in tensors.values())
+            kind = part.plan.classes[path].__name__
+            yield from ((path, kind, name, value.shape) for name, value in tensors.items())
         saved |= set(part.plan.copies)
     for key, value in adapter.overrides.items():
-        yield key.rpartition(".")[0], "saved" if key in saved else "selected", value.size
+        path, _, name = key.rpartition(".")
+        yield path, "saved" if key in saved else "selected", name, value.shape
 
 
 def model_status(bank: AdapterBank) -> TunerModelStatus:

@@ -25,28 +25,42 @@ _METHOD_KEYS = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "module
 def info(
     path: Annotated[Path | None, typer.Argument(help="A checkpoint, an adapter or a run.")] = None,
     env: Annotated[bool, typer.Option("--env", help="Versions and devices of this machine.")] = False,
+    base: Annotated[
+        Path | None, typer.Option(help="The base model's folder: put the adapter into it, and look there.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
 ) -> None:
     """Tell what a checkpoint or an adapter is: architecture, parameters, dtype, method, targets, size.
+
+    For an adapter also what it puts where, layers that are alike in one line.
 
     \b
     Examples:
       mindpeft info bert-base
       mindpeft info my-run --json
+      mindpeft info my-run --base bert-base
       mindpeft info --env
     """
     if (path is None) == (not env):
         raise InputError("give a path, or --env")
-    facts = _environment() if env else _describe(path)
+    if base is not None and env:
+        raise InputError("--base is for an adapter, and --env is none")
+    facts = _environment() if env else _describe(path, base)
     if as_json:
         out.print(json.dumps(facts, ensure_ascii=False), markup=False, soft_wrap=True)
         return
+    injected = facts.pop("injected", None)
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts.items():
         table.add_row(name.replace("_", " "), _words(value))
     out.print(table, markup=False)
+    if injected:
+        from mindpeft.cli.injected import as_table
+
+        out.print()
+        out.print(as_table(injected), markup=False)
 
 
 def _words(value: Any) -> str:
@@ -64,14 +78,27 @@ def _environment() -> dict[str, Any]:
     return {"mindpeft": version("mindpeft"), **device_report()}
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def _describe(path: Path, base: Path | None) -> dict[str, Any]:
     from mindpeft.adapter_files import is_adapter
 
     if not path.exists():
         raise InputError(f"no such file or folder: {path}")
     if is_adapter(path):
-        return _describe_adapter(path)
+        return _describe_adapter(path) | {"injected": _injected(path, base)}
+    if base is not None:
+        raise InputError(f"--base is for an adapter, and {path} is none")
     return _describe_checkpoint(path)
+
+
+def _injected(path: Path, base: Path | None) -> list[dict[str, Any]]:
+    """What an adapter puts where: in that base model, or as its files say."""
+    from mindpeft.cli.injected import from_files, from_model
+
+    if base is None:
+        return [found.row() for found in from_files(path)]
+    from mindpeft.cli.run_folder import open_run
+
+    return [found.row() for found in from_model(open_run(path, base).model)]
 
 
 def _describe_checkpoint(path: Path) -> dict[str, Any]:
@@ -93,7 +120,7 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _describe_adapter(path: Path) -> dict[str, Any]:
-    from mindpeft.adapter_files import WEIGHT_NAMES, part_folders
+    from mindpeft.adapter_files import part_folders, weights_file
     from mindpeft.config import PeftConfig
     from mindpeft.convert.checkpoint import open_checkpoint
     from mindpeft.data.label_map import LabelMap
@@ -112,12 +139,7 @@ def _describe_adapter(path: Path) -> dict[str, Any]:
         facts[key] = found[0] if len(found) == 1 else found or None
     totals: Counter[str] = Counter()
     for folder in folders:
-        weights = next((folder / name for name in WEIGHT_NAMES if (folder / name).is_file()), None)
-        if weights is None:
-            raise InputError(
-                f"{folder} holds no adapter weights: neither {' nor '.join(WEIGHT_NAMES)} is there"
-            )
-        with open_checkpoint(weights) as checkpoint:
+        with open_checkpoint(weights_file(folder)) as checkpoint:
             found = _tensors(checkpoint)
         totals.update({key: found[key] for key in ("parameters", "tensors", "size_mib")})
         facts["dtype"], facts["files"] = found["dtype"], [*facts.get("files", []), *found["files"]]

@@ -109,8 +109,8 @@ class OFTConfig(TargetedConfig):
         terms = series_terms(self)
         if version < (0, 18) and terms > 2:
             logger.warning(
-                "the adapter is from PEFT before 0.18, where use_cayley_neumann with %d terms ended in 2 Q^%d; "
-                "as in PEFT since, it ends in Q^%d here, so answers differ slightly from those in training",
+                "the adapter is from PEFT before 0.18, where use_cayley_neumann with %d terms ended in "
+                "2 Q^%d; as in PEFT since, it ends in Q^%d here: answers differ slightly from those then",
                 terms,
                 terms - 1,
                 last_power(terms),
