@@ -21,7 +21,8 @@ from mindpeft.convert.checkpoint import open_checkpoint
 from mindpeft.errors import InputError
 from mindpeft.ops.losses import IGNORED_LABEL
 from mindpeft.tuners.base import Shapes, Site, Slot, Tensors
-from mindpeft.tuners.prompt_learning import OUTPUT, PromptLayer
+from mindpeft.tuners.prompt_layers import PromptLayer
+from mindpeft.tuners.prompt_learning import OUTPUT
 from mindpeft.tuners.prompt_tuning import PromptEmbedding, PromptTuningConfig
 from mindpeft.tuners.targeted import check_count
 

@@ -24,10 +24,10 @@ from mindpeft.ops.dropout import dropout
 from mindpeft.ops.linear import linear
 from mindpeft.ops.lstm import bidirectional_lstm
 from mindpeft.tuners.base import Shapes, Site, Slot, Tensors
+from mindpeft.tuners.prompt_layers import PromptLayer
 from mindpeft.tuners.prompt_learning import (
     EMBEDDING,
     OUTPUT,
-    PromptLayer,
     PromptLearningConfig,
     check_arguments,
     encoder_tensors,

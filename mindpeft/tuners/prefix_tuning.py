@@ -23,13 +23,12 @@ from mindpeft.ops.activations import tanh
 from mindpeft.ops.attention import Attention
 from mindpeft.ops.linear import linear
 from mindpeft.tuners.base import Shapes, SharedSlot, Site, Slot, Tensors, TunerLayer
+from mindpeft.tuners.prompt_layers import ModelLayer, check_room
 from mindpeft.tuners.prompt_learning import (
     EMBEDDING,
     OUTPUT,
-    ModelLayer,
     PromptLearningConfig,
     check_arguments,
-    check_room,
     encoder_tensors,
 )
 from mindpeft.tuners.targeted import check_choice, check_count

@@ -15,9 +15,9 @@ from mindpeft.config import PeftType, register_method
 from mindpeft.data.tokenization import AutoTokenizer
 from mindpeft.errors import InputError
 from mindpeft.tuners.base import Shapes, Site, Slot, Tensors
+from mindpeft.tuners.prompt_layers import PromptLayer
 from mindpeft.tuners.prompt_learning import (
     OUTPUT,
-    PromptLayer,
     PromptLearningConfig,
     check_arguments,
     find_embedding,

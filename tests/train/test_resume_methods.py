@@ -24,7 +24,7 @@ from mindpeft import (
 )
 from mindpeft.train import Trainer, TrainerCallback, TrainingArguments
 from mindpeft.train.checkpoints import list_checkpoints
-from mindpeft.tuners.diff_pruning import DiffLayer
+from mindpeft.tuners.diff_pruning_layers import DiffLayer
 from tests.train.small import SmallClassifier, make_examples
 from tests.train.test_bert import make_bert
 

@@ -16,7 +16,7 @@ from mindpeft.errors import InputError
 from mindpeft.nn import Embedding, LayerNorm
 from mindpeft.train.optim import AdamW
 from mindpeft.train.runner import StepRunner
-from mindpeft.tuners.diff_pruning import DiffLayer
+from mindpeft.tuners.diff_pruning_layers import DiffLayer
 from tests.tuners.oracle import LABELS
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
