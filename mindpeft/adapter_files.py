@@ -64,6 +64,12 @@ def stray_names(biases: Iterable[str], saved: Iterable[str]) -> Iterator[tuple[s
                     yield f"{module}.{holder}.{rest}", name, holder == "original_module"
 
 
+def check_adapter_name(name: str) -> None:
+    """Raise ``InputError`` unless an adapter's name can be a folder's, which it becomes."""
+    if not name or name in (".", "..") or Path(name).name != name:
+        raise InputError(f"{name!r} can't name an adapter: it must be usable as a folder name")
+
+
 def adapter_folder(folder: str | os.PathLike, adapter_name: str) -> Path:
     """Where PEFT keeps an adapter: "default" in the folder itself, others in a sub-folder of their name."""
     return Path(folder) if adapter_name == "default" else Path(folder) / adapter_name

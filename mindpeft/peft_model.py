@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from mindspore import nn
@@ -13,13 +12,13 @@ from mindspore import nn
 from mindpeft import adapter_files
 from mindpeft.config import PeftConfig
 from mindpeft.errors import InputError
-from mindpeft.status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
+from mindpeft.status import AdapterReports
 from mindpeft.tuners.bank import AdapterBank
 from mindpeft.tuners.base import Slot
 from mindpeft.tuners.hooks import TrainingHook
 
 
-class PeftModel(nn.Cell):
+class PeftModel(AdapterReports, nn.Cell):
     """A model with adapters; make it with ``get_peft_model`` or ``PeftModel.from_pretrained``.
 
     It is called like the model inside, and passes attributes it doesn't have on to it (``model.config``). The
@@ -97,7 +96,7 @@ class PeftModel(nn.Cell):
             InputError: the folder's files are missing or damaged, or don't fit the model, which is then as it
                 was.
         """
-        _refuse_odd_name(adapter_name)
+        adapter_files.check_adapter_name(adapter_name)
         configs, tensors = adapter_files.read_adapter(folder)
         peft_model = cls(model, autocast_adapter_dtype)
         peft_model._add(
@@ -108,30 +107,6 @@ class PeftModel(nn.Cell):
         return peft_model
 
     # Adapters ---------------------------------------------------------------------------------------------
-
-    @property
-    def active_adapter(self) -> str | None:
-        """The name of the active adapter, the first if there are several."""
-        return self._bank.active[0] if self._bank.active else None
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The names of all active adapters, in the order in which they act."""
-        return list(self._bank.active)
-
-    @property
-    def peft_config(self) -> dict[str, PeftConfig | list[PeftConfig]]:
-        """The config of each adapter, with its targets resolved; a list of them for a hybrid."""
-        configs = {
-            name: [part.plan.config for part in adapter.parts]
-            for name, adapter in self._bank.adapters.items()
-        }
-        return {name: found if len(found) > 1 else found[0] for name, found in configs.items()}
-
-    @property
-    def targeted_module_names(self) -> list[str]:
-        """The paths of the wrapped cells."""
-        return self._bank.rack.layers()
 
     def add_adapter(
         self, adapter_name: str, peft_config: PeftConfig | list[PeftConfig], slot_rank: int | None = None
@@ -149,7 +124,7 @@ class PeftModel(nn.Cell):
         Raises:
             InputError: the name is taken, or the config does not fit the model, which is then as it was.
         """
-        _refuse_odd_name(adapter_name)
+        adapter_files.check_adapter_name(adapter_name)
         configs = peft_config if isinstance(peft_config, list) else [peft_config]
         if not configs:
             raise InputError("a hybrid needs at least one config, and the list is empty")
@@ -162,7 +137,7 @@ class PeftModel(nn.Cell):
         Raises:
             InputError: the files are missing or damaged, or don't fit the model, which is then as it was.
         """
-        _refuse_odd_name(adapter_name)
+        adapter_files.check_adapter_name(adapter_name)
         configs, tensors = adapter_files.read_adapter(folder)
         self._add(adapter_name, configs, tensors, is_trainable, source=folder)
 
@@ -256,7 +231,7 @@ class PeftModel(nn.Cell):
         """
         from mindpeft.tuners.weighted import Recipe, add_weighted_adapter
 
-        _refuse_odd_name(adapter_name)
+        adapter_files.check_adapter_name(adapter_name)
         recipe = Recipe(combination_type, svd_rank, svd_clamp, density, majority_sign_method)
         add_weighted_adapter(self._bank, adapters, weights, adapter_name, recipe)
 
@@ -325,49 +300,14 @@ class PeftModel(nn.Cell):
         for name, parts in [(name, self._bank.export(name, convert_to_lora)) for name in names]:
             folder = adapter_files.adapter_folder(save_directory, name)
             for config, _ in parts:
-                config.base_model_name_or_path = config.base_model_name_or_path or self._base_name()
+                config.base_model_name_or_path = config.base_model_name_or_path or self._bank.base.name
                 if config.task_type is None:
-                    config.auto_mapping = self._auto_mapping()
+                    config.auto_mapping = self._bank.base.auto_mapping
             adapter_files.write_adapter(folder, parts)
-
-    def _base_name(self) -> str | None:
-        model = self._bank.base.model
-        own = getattr(model, "name_or_path", None) or getattr(
-            getattr(model, "config", None), "name_or_path", None
-        )
-        return str(own) if own else None
-
-    def _auto_mapping(self) -> dict[str, str]:
-        """The base model's class as PEFT writes it; ours bear the names of transformers' classes."""
-        model = self._bank.base.model
-        library = (
-            "transformers"
-            if hasattr(getattr(model, "config", None), "model_type")
-            else type(model).__module__
-        )
-        return {"base_model_class": type(model).__name__, "parent_library": library}
-
-    def get_layer_status(self) -> list[TunerLayerStatus]:
-        """What is injected where: a status for each place, in the model's order."""
-        return layer_status(self._bank)
-
-    def get_model_status(self) -> TunerModelStatus:
-        """What adapters there are, which act, and how many numbers they have."""
-        return model_status(self._bank)
 
     def training_hooks(self) -> list[TrainingHook]:
         """Make anew what the active adapters' methods add to every training step; see ``TrainStep``."""
         return self._bank.training_hooks()
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) numbers of parameters; adapters count in their true ranks, as in PEFT."""
-        return self._bank.count()
-
-    def print_trainable_parameters(self) -> None:
-        """Print those numbers and the percentage."""
-        trainable, everything = self.get_nb_trainable_parameters()
-        share = 100 * trainable / everything
-        print(f"trainable params: {trainable:,d} || all params: {everything:,d} || trainable%: {share:.4f}")
 
 
 def get_peft_model(
@@ -395,9 +335,3 @@ def get_peft_model(
     peft_model = PeftModel(model, autocast_adapter_dtype)
     peft_model.add_adapter(adapter_name, peft_config, slot_rank)
     return peft_model
-
-
-def _refuse_odd_name(name: str) -> None:
-    """An adapter's name becomes a folder's."""
-    if not name or name in (".", "..") or Path(name).name != name:
-        raise InputError(f"{name!r} can't name an adapter: it must be usable as a folder name")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from mindpeft.tuners.base import SharedSlot
 
 if TYPE_CHECKING:
+    from mindpeft.config import PeftConfig
     from mindpeft.tuners.adapter import Adapter
     from mindpeft.tuners.bank import AdapterBank
 
@@ -70,6 +71,54 @@ class TunerModelStatus:
     available_adapters: list[str]
 
 
+class AdapterReports:
+    """What a ``PeftModel`` tells about its adapters."""
+
+    _bank: AdapterBank
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The name of the active adapter, the first if there are several."""
+        return self._bank.active[0] if self._bank.active else None
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of all active adapters, in the order in which they act."""
+        return list(self._bank.active)
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig | list[PeftConfig]]:
+        """The config of each adapter, with its targets resolved; a list of them for a hybrid."""
+        configs = {
+            name: [part.plan.config for part in adapter.parts]
+            for name, adapter in self._bank.adapters.items()
+        }
+        return {name: found if len(found) > 1 else found[0] for name, found in configs.items()}
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The paths of the wrapped cells."""
+        return self._bank.rack.layers()
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """What is injected where: a status for each place, in the model's order."""
+        return layer_status(self._bank)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """What adapters there are, which act, and how many numbers they have."""
+        return model_status(self._bank)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) numbers of parameters; adapters count in their true ranks, as in PEFT."""
+        return parameter_counts(self._bank)
+
+    def print_trainable_parameters(self) -> None:
+        """Print those numbers and the percentage."""
+        trainable, everything = self.get_nb_trainable_parameters()
+        share = 100 * trainable / everything
+        print(f"trainable params: {trainable:,d} || all params: {everything:,d} || trainable%: {share:.4f}")
+
+
 def layer_status(bank: AdapterBank) -> list[TunerLayerStatus]:
     """A status for each kind of thing at each place, in the model's order."""
     found: dict[tuple[str, str], dict[str, list[Named]]] = {}
@@ -106,9 +155,19 @@ def _places(adapter: Adapter) -> Iterator[tuple[str, str, str, tuple[int, ...]]]
         yield path, "saved" if key in saved else "selected", name, value.shape
 
 
+def parameter_counts(bank: AdapterBank) -> tuple[int, int]:
+    """(trainable, all) numbers of parameters, as PEFT counts: saved cells are copies beside the base."""
+    everything = bank.base.size
+    for adapter in bank.adapters.values():
+        everything += adapter.size() + bank.base.count(adapter.copies)
+    active = [bank.adapters[name] for name in bank.active if bank.adapters[name].trainable]
+    trainable = sum(adapter.size(trained=True) + bank.base.count(adapter.trained) for adapter in active)
+    return trainable, everything
+
+
 def model_status(bank: AdapterBank) -> TunerModelStatus:
     """The status of a whole model."""
-    trainable, total = bank.count()
+    trainable, total = parameter_counts(bank)
     layers = {slot.path for slot in bank.rack if not isinstance(slot, SharedSlot)}
     return TunerModelStatus(
         base_model_type=type(bank.base.model).__name__,

@@ -75,3 +75,15 @@ def twins() -> ModuleType:
     sys.modules["twins"] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def three(twins):
+    """The twin with random LoRA of rank 4, 8 and 16, of different alphas and targets."""
+    from mindpeft import get_peft_model
+    from tests.random_lora import config
+
+    model = get_peft_model(twins.make_model(), config(r=4, lora_alpha=4), "four")
+    model.add_adapter("eight", config(r=8, lora_alpha=32, target_modules=["query", "dense"]))
+    model.add_adapter("sixteen", config(r=16, use_rslora=True, target_modules=["words", "value"], bias="all"))
+    return model

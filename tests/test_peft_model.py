@@ -1,4 +1,4 @@
-"""PeftModel: switching, disabling, merging, adding and deleting, on the twin model."""
+"""PeftModel: adding, switching, disabling and deleting adapters, on the twin model."""
 
 from __future__ import annotations
 
@@ -8,62 +8,13 @@ import mindspore as ms
 import numpy as np
 import peft
 import pytest
-import torch
 from mindspore import Tensor, nn
 
 from mindpeft import LoraConfig, PeftModel, get_peft_model
 from mindpeft.errors import InputError
-from mindpeft.parameters import base_places
+from tests.random_lora import config, graphs
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
-
-
-def config(**options):
-    return LoraConfig(**{"target_modules": ["query", "value"], "init_lora_weights": False, **options})
-
-
-@pytest.fixture
-def three(twins):
-    """A model with adapters of rank 4, 8 and 16, of different alphas and targets."""
-    model = get_peft_model(twins.make_model(), config(r=4, lora_alpha=4), "four")
-    model.add_adapter("eight", config(r=8, lora_alpha=32, target_modules=["query", "dense"]))
-    model.add_adapter("sixteen", config(r=16, use_rslora=True, target_modules=["words", "value"], bias="all"))
-    return model
-
-
-def graphs(*cells):
-    return sum(len(cell.compile_cache) for cell in cells)
-
-
-class Step(nn.Cell):
-    """A cell around the model, as a training step is."""
-
-    def __init__(self, model):
-        super().__init__(auto_prefix=False)
-        self.model = model
-
-    def construct(self, ids):
-        return self.model(ids).sum(), self.model(ids)
-
-
-def test_switching_compiles_nothing_and_is_exact(twins, three):
-    step, names = Step(three), ["four", "eight", "sixteen"]
-    ids = Tensor(twins.IDS)
-    expected = {}
-    for name in names:
-        three.set_adapter(name)
-        expected[name] = twins.logits(three), step(ids)[1].asnumpy()
-    assert not np.allclose(expected["four"][0], expected["eight"][0], atol=1e-3)
-    assert not np.allclose(expected["eight"][0], expected["sixteen"][0], atol=1e-3)
-    before = graphs(three, step, three.base_model)
-    assert before == 2
-    order = np.random.default_rng(0).integers(0, 3, 100)
-    for index in order:
-        name = names[index]
-        three.set_adapter(name)
-        np.testing.assert_array_equal(twins.logits(three), expected[name][0])
-        np.testing.assert_array_equal(step(ids)[1].asnumpy(), expected[name][1])
-    assert graphs(three, step, three.base_model) == before
 
 
 def test_each_adapter_alone_gives_the_same_logits(twins, three, tmp_path):
@@ -72,47 +23,6 @@ def test_each_adapter_alone_gives_the_same_logits(twins, three, tmp_path):
         three.set_adapter(name)
         alone = PeftModel.from_pretrained(twins.make_model(), tmp_path / name)
         np.testing.assert_allclose(twins.logits(alone), twins.logits(three), atol=1e-6)
-
-
-def test_a_compiled_graph_is_not_stale_after_a_slot_grew(twins):
-    model = get_peft_model(twins.make_model(), config(r=2))
-    step, ids = Step(model), Tensor(twins.IDS)
-    small = twins.logits(model), step(ids)[1].asnumpy()
-    model.add_adapter("large", config(r=9))
-    np.testing.assert_allclose(twins.logits(model), small[0], atol=1e-6)
-    model.set_adapter("large")
-    large = twins.logits(model), step(ids)[1].asnumpy()
-    assert np.abs(large[0] - small[0]).max() > 1e-3
-    np.testing.assert_allclose(large[1], large[0], atol=1e-6)
-    ms.set_context(mode=ms.PYNATIVE_MODE)
-    np.testing.assert_allclose(twins.logits(model), large[0], atol=1e-5)
-
-
-def test_jit_functions_see_every_change(twins):
-    model = get_peft_model(twins.make_model(), config(r=2))
-    model.add_adapter("same", config(r=2))
-
-    @ms.jit
-    def run(ids):
-        return model(ids)
-
-    ids = Tensor(twins.IDS)
-    for name, options in (
-        ("default", None),
-        ("same", None),
-        ("large", {"r": 9}),
-        ("wide", {"target_modules": ["dense"]}),
-    ):
-        if options:
-            model.add_adapter(name, config(**options))
-        model.set_adapter(name)
-        np.testing.assert_allclose(run(ids).asnumpy(), twins.logits(model), atol=1e-6)
-    model.set_adapter("default")
-    np.testing.assert_allclose(run(ids).asnumpy(), twins.logits(model), atol=1e-6)
-    model.merge_adapter()
-    np.testing.assert_allclose(run(ids).asnumpy(), twins.logits(model), atol=1e-6)
-    with model.disable_adapter():
-        np.testing.assert_allclose(run(ids).asnumpy(), twins.logits(twins.make_model()), atol=1e-6)
 
 
 class Tied(nn.Cell):
@@ -143,16 +53,6 @@ def test_a_saved_head_is_untied_from_the_embedding():
     bare = model.unload()
     assert bare.head.weight is bare.words.embedding_table
     np.testing.assert_array_equal(bare(ids).asnumpy(), before)
-
-
-def test_reserved_room_needs_no_new_graph(twins):
-    model = get_peft_model(twins.make_model(), config(r=2, rank_pattern={"query": 3}), slot_rank=16)
-    twins.logits(model)
-    first = set(model.compile_cache)
-    model.add_adapter("large", config(r=16))
-    model.set_adapter("large")
-    twins.logits(model)
-    assert model.compile_cache == first
 
 
 def test_values_trained_in_the_slot_survive_a_switch(twins, three):
@@ -208,137 +108,6 @@ def test_disabled_is_the_base_model(twins, options):
         raise RuntimeError
     np.testing.assert_array_equal(twins.logits(model), adapted)
     assert graphs(model) == compiled
-
-
-def test_merging_twenty_times_is_bit_exact(twins, three):
-    weights = {name: place.read() for name, place in three._bank.base.places.items()}
-    three.set_adapter("eight")
-    weights = {name: place.read() for name, place in three._bank.base.places.items()}
-    adapted = twins.logits(three)
-    compiled = graphs(three)
-    for _ in range(20):
-        three.merge_adapter()
-        np.testing.assert_allclose(twins.logits(three), adapted, atol=2e-6)
-        three.unmerge_adapter()
-        np.testing.assert_array_equal(twins.logits(three), adapted)
-    assert graphs(three) == compiled
-    for name, value in weights.items():
-        np.testing.assert_array_equal(three._bank.base.places[name].read(), value, err_msg=name)
-
-
-def test_merging_several_adapters_adds_their_deltas(twins, three):
-    three.set_adapter("four")
-    place = three._bank.base.places["encoder.layer.0.attention.self.value.weight"]
-    before = place.read()
-    for name in ("four", "sixteen"):
-        three.merge_adapter([name])
-        three.unmerge_adapter()
-    deltas = []
-    for names in (["four"], ["sixteen"], ["four", "sixteen"]):
-        three.merge_adapter(names)
-        deltas.append(place.read() - before)
-        three.unmerge_adapter()
-    np.testing.assert_allclose(deltas[0] + deltas[1], deltas[2], atol=1e-6)
-    np.testing.assert_array_equal(place.read(), before)
-
-
-def test_disabling_while_merged(twins, three):
-    three.set_adapter("sixteen")
-    three.merge_adapter()
-    merged = twins.logits(three)
-    with three.disable_adapter():
-        np.testing.assert_array_equal(twins.logits(three), twins.logits(twins.make_model()))
-    np.testing.assert_array_equal(twins.logits(three), merged)
-    three.unmerge_adapter()
-    np.testing.assert_allclose(twins.logits(three), merged, atol=2e-6)
-
-
-OPTIONS = [
-    {"target_modules": "all-linear"},
-    {"target_modules": ["words", "query"], "use_rslora": True},
-    {"target_modules": ["query"], "task_type": "SEQ_CLS", "bias": "all"},
-    {"target_modules": ["query", "dense"], "lora_bias": True},
-    {"target_modules": ["c_attn"]},
-]
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_merge_and_unload_keeps_the_logits(twins, options):
-    model = get_peft_model(twins.make_model(), config(**options))
-    for parameter in model.trainable_params():
-        parameter.set_data(parameter + 0.01)
-    adapted = twins.logits(model)
-    bare = model.merge_and_unload(safe_merge=True)
-    assert not [name for name, _ in bare.parameters_and_names() if "lora" in name or "base_layer" in name]
-    np.testing.assert_allclose(twins.logits(bare), adapted, atol=5e-6)
-    again = get_peft_model(bare, config())
-    assert again.trainable_params()
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_unload_gives_the_base_back(twins, options):
-    base = twins.make_model()
-    weights = {p.name: p.asnumpy().copy() for p in base.get_parameters()}
-    model = get_peft_model(base, config(**options))
-    for parameter in model.trainable_params():
-        parameter.set_data(parameter + 0.1)
-    model.merge_adapter()
-    bare = model.unload()
-    assert bare is base
-    assert {p.name for p in bare.get_parameters()} == weights.keys()
-    for parameter in bare.get_parameters():
-        np.testing.assert_array_equal(parameter.asnumpy(), weights[parameter.name])
-    np.testing.assert_array_equal(twins.logits(bare), twins.logits(twins.make_model()))
-
-
-def test_merged_weights_equal_pefts(twins, tmp_path):
-    torch.manual_seed(0)
-    options = {"target_modules": ["words", "query", "dense"], "init_lora_weights": False, "use_rslora": True}
-    theirs = peft.get_peft_model(twins.make_torch(), peft.LoraConfig(**options))
-    theirs.save_pretrained(tmp_path)
-    state = theirs.merge_and_unload().state_dict()
-    bare = PeftModel.from_pretrained(twins.make_model(), tmp_path).merge_and_unload()
-    for name, place in base_places(bare).items():
-        np.testing.assert_allclose(place.read(), state[name].numpy(), atol=1e-5, err_msg=name)
-
-
-def test_half_precision_merge_rounds_once():
-    dense = nn.Dense(8, 8, has_bias=False, dtype=ms.float16)
-    model = get_peft_model(nn.SequentialCell(dense), config(target_modules=["0"], r=2))
-    before = dense.weight.asnumpy().copy()
-    a, b = (p.asnumpy() for p in model.trainable_params())
-    model.merge_adapter()
-    np.testing.assert_array_equal(
-        dense.weight.asnumpy(), (before.astype(np.float32) + 4 * (b @ a)).astype(np.float16)
-    )
-    model.unmerge_adapter()
-    np.testing.assert_array_equal(dense.weight.asnumpy(), before)
-
-
-def test_safe_merge_refuses_before_touching_anything(twins):
-    model = get_peft_model(twins.make_model(), config())
-    parameter = model.trainable_params()[-1]
-    parameter.set_data(Tensor(np.full(parameter.shape, np.inf, np.float32)))
-    weights = {p.name: p.asnumpy().copy() for p in model.get_parameters()}
-    with pytest.raises(
-        InputError, match=r"values that are not finite at 'encoder\.layer\.2\.attention\.self\.value\.weight'"
-    ):
-        model.merge_adapter(safe_merge=True)
-    for parameter in model.get_parameters():
-        np.testing.assert_array_equal(parameter.asnumpy(), weights[parameter.name])
-
-
-def test_saving_while_merged_or_disabled_writes_the_adapter(twins, tmp_path):
-    model = get_peft_model(twins.make_model(), config(lora_bias=True, bias="lora_only"))
-    adapted = twins.logits(model)
-    model.merge_adapter()
-    model.save_pretrained(tmp_path / "merged")
-    model.unmerge_adapter()
-    with model.disable_adapter():
-        model.save_pretrained(tmp_path / "disabled")
-    for folder in ("merged", "disabled"):
-        again = PeftModel.from_pretrained(twins.make_model(), tmp_path / folder)
-        np.testing.assert_allclose(twins.logits(again), adapted, atol=1e-6)
 
 
 def test_delete(twins, three):
@@ -424,15 +193,6 @@ def test_inference_adapters_are_frozen(twins, tmp_path):
     assert open_.trainable_params()
 
 
-def test_set_train_after_a_first_call_takes_effect(twins):
-    model = get_peft_model(twins.make_model(), config(lora_dropout=0.5))
-    plain = twins.logits(model)
-    model.set_train(True)
-    assert not np.array_equal(twins.logits(model), plain)
-    model.set_train(False)
-    np.testing.assert_array_equal(twins.logits(model), plain)
-
-
 @pytest.mark.parametrize(
     ("act", "message"),
     [
@@ -455,22 +215,6 @@ def test_mistakes(three, act, message):
     with pytest.raises(InputError, match=message):
         act(three)
     assert list(three.peft_config) == ["four", "eight", "sixteen"]
-
-
-def test_nothing_may_change_while_merged_or_disabled(three):
-    three.merge_adapter()
-    for act in (
-        lambda: three.set_adapter("eight"),
-        lambda: three.delete_adapter("eight"),
-        lambda: three.add_adapter("n", config()),
-        lambda: three.merge_adapter(),
-    ):
-        with pytest.raises(InputError, match="while four is merged; call unmerge_adapter\\(\\) first"):
-            act()
-    three.unmerge_adapter()
-    with three.disable_adapter(), pytest.raises(InputError, match="inside disable_adapter"):
-        three.set_adapter("eight")
-    three.set_adapter("eight")
 
 
 def test_a_refused_config_leaves_the_model_as_it_was(twins):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 import mindspore.dataset
@@ -134,3 +135,10 @@ def real_rows(batch: Batch) -> np.ndarray:
     """Which rows of the batch are data, (batch,) bool."""
     mask = batch.get("example_mask")
     return np.ones(len(batch["input_ids"]), bool) if mask is None else mask > 0
+
+
+def in_groups(batches: Batches, size: int) -> Iterator[list[Batch]]:
+    """Micro-batches in groups of one optimizer step; the last group of an epoch may be smaller."""
+    iterator = iter(batches)
+    while group := list(islice(iterator, size)):
+        yield group

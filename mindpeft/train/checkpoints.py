@@ -149,6 +149,17 @@ def checkpoint_folder(output_dir: Path, step: int) -> Path:
     return output_dir / f"{_PREFIX}{step}"
 
 
+def check_output_dir(output_dir: Path, may_hold_files: bool) -> None:
+    """Raise ``InputError`` unless a run may write to the folder: a new run only if nothing is in it."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise InputError(f"output_dir {output_dir} is a file")
+    if not may_hold_files and output_dir.exists() and any(output_dir.iterdir()):
+        raise InputError(
+            f"output_dir {output_dir} is not empty: choose another, set overwrite_output_dir, "
+            f"or resume_from_checkpoint"
+        )
+
+
 def find_checkpoint(output_dir: Path, wanted: str | bool | None) -> Path | None:
     """The checkpoint that ``resume_from_checkpoint`` means; None for a fresh start.
 

@@ -5,11 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mindspore import nn
 from rich.table import Table
 
 from mindpeft.console import err
+
+if TYPE_CHECKING:
+    from mindpeft.train.arguments import TrainingArguments
+    from mindpeft.train.callbacks import TrainerState
+    from mindpeft.train.runner import StepRunner
 
 
 def peak_memory_bytes() -> int:
@@ -52,6 +58,18 @@ class RunReport:
     best_metric: str | None
     saved_to: str | None
 
+    def metrics(self) -> dict[str, Any]:
+        """What ``Trainer.train`` returns of it."""
+        return {
+            "train_samples_per_second": self.samples_per_second,
+            "graphs_compiled": self.graphs_compiled,
+            "compile_seconds": self.compile_seconds,
+            "median_step_seconds": self.median_step_seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "trainable_parameters": self.trainable_parameters,
+            "total_parameters": self.total_parameters,
+        }
+
     def rows(self) -> list[tuple[str, str]]:
         """(name, value) as text, without what is None."""
         share = 100 * self.trainable_parameters / max(1, self.total_parameters)
@@ -77,3 +95,31 @@ class RunReport:
         for name, value in self.rows():
             table.add_row(name, value)
         err.print(table)
+
+
+def make_report(
+    model: nn.Cell,
+    runner: StepRunner,
+    state: TrainerState,
+    args: TrainingArguments,
+    rows: int,
+    saved_to: Path | None,
+) -> RunReport:
+    """The report of a run that is over; ``rows`` is how many it trained on."""
+    median = runner.train_clock.median_seconds
+    rows_per_call = rows / max(1, runner.train_clock.calls)
+    best = None
+    if state.best_metric is not None:
+        best = f"{args.metric_for_best_model} {state.best_metric:.4f} (step {state.best_step})"
+    trainable, total = count_parameters(model)
+    return RunReport(
+        trainable_parameters=trainable,
+        total_parameters=total,
+        peak_memory_bytes=peak_memory_bytes(),
+        graphs_compiled=runner.graphs,
+        compile_seconds=runner.compile_seconds,
+        median_step_seconds=None if median is None else median * args.gradient_accumulation_steps,
+        samples_per_second=None if median is None else rows_per_call / median,
+        best_metric=best,
+        saved_to=None if saved_to is None else str(saved_to),
+    )

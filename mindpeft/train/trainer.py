@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +14,7 @@ from mindpeft.console import logger
 from mindpeft.device import setup_device
 from mindpeft.errors import InputError
 from mindpeft.train.arguments import TrainingArguments
-from mindpeft.train.batches import Batch, Batches, make_batches, real_rows, tokenised
+from mindpeft.train.batches import Batch, Batches, in_groups, make_batches, real_rows, tokenised
 from mindpeft.train.callbacks import (
     BestMetricCallback,
     CallbackHandler,
@@ -26,6 +24,7 @@ from mindpeft.train.callbacks import (
     TrainerState,
 )
 from mindpeft.train.checkpoints import (
+    check_output_dir,
     checkpoint_folder,
     find_checkpoint,
     how_to_resume,
@@ -43,7 +42,7 @@ from mindpeft.train.log import LogFileCallback
 from mindpeft.train.lora_optim import make_optimizer
 from mindpeft.train.metrics import Metrics
 from mindpeft.train.progress import ProgressCallback
-from mindpeft.train.report import RunReport, count_parameters, peak_memory_bytes
+from mindpeft.train.report import RunReport, make_report
 from mindpeft.train.runner import StepRunner
 from mindpeft.train.schedules import Schedule, get_schedule
 from mindpeft.train.seeding import seed_everything
@@ -122,7 +121,7 @@ class Trainer:
         args = self.args
         wanted = args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         resume = find_checkpoint(self.output_dir, wanted)
-        self._check_output_dir(resume)
+        check_output_dir(self.output_dir, may_hold_files=bool(resume) or args.overwrite_output_dir)
         if self.train_dataset is None:
             raise InputError("nothing to train on: give the Trainer a train_dataset")
         self._use_device()
@@ -170,7 +169,7 @@ class Trainer:
             batches.set_epoch(epoch, skip_batches=done * accumulation)
             control.should_epoch_stop = False
             self._call("on_epoch_begin")
-            for group in _groups(batches, accumulation):
+            for group in in_groups(batches, accumulation):
                 self._call("on_step_begin")
                 self._optimizer_step(group)
                 self._call("on_step_end")
@@ -306,17 +305,6 @@ class Trainer:
         remove_old_checkpoints(self.output_dir, state, self.args.save_total_limit)
         self._call("on_save")
 
-    def _check_output_dir(self, resume: Path | None) -> None:
-        if self.output_dir.exists() and not self.output_dir.is_dir():
-            raise InputError(f"output_dir {self.output_dir} is a file")
-        if resume or self.args.overwrite_output_dir or not self.output_dir.exists():
-            return
-        if any(self.output_dir.iterdir()):
-            raise InputError(
-                f"output_dir {self.output_dir} is not empty: choose another, set overwrite_output_dir, "
-                f"or resume_from_checkpoint"
-            )
-
     # --- the end
 
     def _stop_interrupted(self) -> None:
@@ -328,48 +316,19 @@ class Trainer:
         )
 
     def _finish(self) -> TrainOutput:
-        state = self.state
-        if self.args.load_best_model_at_end and state.best_model_checkpoint:
+        state, args = self.state, self.args
+        if args.load_best_model_at_end and state.best_model_checkpoint:
             load_weights(Path(state.best_model_checkpoint), self.optimizer, self._runner.hooks)
             logger.info("took the best model, of step %d", state.best_step)
         saved_to = self.save_model()
         save_curves(self.output_dir / CURVES_FILE, state.log_history)
-        self.report = self._make_report(saved_to)
+        self.report = make_report(self.model, self._runner, state, args, self._rows, saved_to)
         self.report.print()
         loss = state.total_loss / max(1, state.global_step - state.skipped_updates)
-        metrics = {
-            "train_loss": loss,
-            "train_runtime": round(time.perf_counter() - self._started, 3),
-            "train_samples_per_second": self.report.samples_per_second,
-            "graphs_compiled": self.report.graphs_compiled,
-            "compile_seconds": self.report.compile_seconds,
-            "median_step_seconds": self.report.median_step_seconds,
-            "peak_memory_bytes": self.report.peak_memory_bytes,
-            "trainable_parameters": self.report.trainable_parameters,
-            "total_parameters": self.report.total_parameters,
-            "epoch": state.epoch,
-        }
+        runtime = round(time.perf_counter() - self._started, 3)
+        told = self.report.metrics()
+        metrics = {"train_loss": loss, "train_runtime": runtime, **told, "epoch": state.epoch}
         return TrainOutput(state.global_step, loss, metrics)
-
-    def _make_report(self, saved_to: Path | None) -> RunReport:
-        state, runner = self.state, self._runner
-        median = runner.train_clock.median_seconds
-        rows_per_call = self._rows / max(1, runner.train_clock.calls)
-        best = None
-        if state.best_metric is not None:
-            best = f"{self.args.metric_for_best_model} {state.best_metric:.4f} (step {state.best_step})"
-        trainable, total = count_parameters(self.model)
-        return RunReport(
-            trainable_parameters=trainable,
-            total_parameters=total,
-            peak_memory_bytes=peak_memory_bytes(),
-            graphs_compiled=runner.graphs,
-            compile_seconds=runner.compile_seconds,
-            median_step_seconds=None if median is None else median * self.args.gradient_accumulation_steps,
-            samples_per_second=None if median is None else rows_per_call / median,
-            best_metric=best,
-            saved_to=None if saved_to is None else str(saved_to),
-        )
 
     def _use_device(self) -> None:
         """Set the mode; the device too, if the arguments name one ("auto" keeps what the process uses)."""
@@ -391,10 +350,3 @@ class Trainer:
 
     def _call(self, hook: str, **kwargs: Any) -> None:
         self.callbacks.call(hook, self.args, self.state, self.control, model=self.model, **kwargs)
-
-
-def _groups(batches: Batches, size: int) -> Iterator[list[Batch]]:
-    """Micro-batches in groups of one optimizer step; the last group of an epoch may be smaller."""
-    iterator = iter(batches)
-    while group := list(islice(iterator, size)):
-        yield group

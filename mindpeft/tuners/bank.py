@@ -8,14 +8,14 @@ from contextlib import contextmanager
 import numpy as np
 from mindspore import nn
 
-from mindpeft.adapter_files import own_name, sort_tensors, stray_names
 from mindpeft.config import PeftConfig
 from mindpeft.errors import InputError, did_you_mean
 from mindpeft.parameters import Place
 from mindpeft.tuners.adapter import Adapter, Part
 from mindpeft.tuners.base import Tensors
+from mindpeft.tuners.file_tensors import files_of, values_of
 from mindpeft.tuners.hooks import TrainingHook
-from mindpeft.tuners.merging import Merging
+from mindpeft.tuners.merging import Merging, taken_out
 from mindpeft.tuners.plan import BaseModel, Plan
 from mindpeft.tuners.rack import Rack, Seat, forget_compiled_graphs
 
@@ -111,7 +111,7 @@ class AdapterBank:
         self.rack.seat(adapter.parts, room)
         for part in adapter.parts:
             self.rack.untie(part.plan)
-        taken = self._taken_out([adapter])
+        taken = taken_out(self.base, [adapter])
         self._split |= taken.keys()
         for key in (*adapter.overrides, *taken):
             self.own.setdefault(key, self.base.places[key].read())
@@ -121,7 +121,7 @@ class AdapterBank:
         adapter = Adapter([], {}, trainable)
         for index, plan in enumerate(plans):
             plan.config.inference_mode = not trainable
-            values, overrides = self._fresh(plan) if tensors is None else self._fit(plan, tensors[index])
+            values, overrides = self._fresh(plan) if tensors is None else self._read(plan, tensors[index])
             initial = {
                 path: values[path] if tensors is None else kind.initial_tensors(plan.sites[path])
                 for path, kind in plan.classes.items()
@@ -140,21 +140,14 @@ class AdapterBank:
         finally:
             self._override([self.adapters[name] for name in self.active], self._split)
 
-    def _taken_out(self, adapters: list[Adapter]) -> Tensors:
-        """What adapters took out of the base model's parameters, in float32, by the parameters' names."""
-        taken: Tensors = {}
-        for part in (part for adapter in adapters for part in adapter.parts):
-            for path, initial in part.initial.items():
-                site = part.plan.sites[path]
-                for attribute, value in part.plan.classes[path].taken_out(site, initial).items():
-                    key = self.base.name_of(site.cell, attribute)
-                    taken[key] = taken[key] + value if key in taken else value
-        return taken
-
     def _fresh(self, plan: Plan) -> tuple[dict[str, Tensors], Tensors]:
         """The tensors and overrides of a new adapter."""
         values = {path: kind.initial_tensors(plan.sites[path]) for path, kind in plan.classes.items()}
         return values, {key: self.own_value(key) for key in sorted(plan.replaced)}
+
+    def _read(self, plan: Plan, tensors: Tensors) -> tuple[dict[str, Tensors], Tensors]:
+        """The tensors and overrides of a file's adapter."""
+        return values_of(plan, tensors, self.base.places, self.own_value)
 
     def own_value(self, key: str) -> np.ndarray:
         """The base model's own value of a parameter, whatever adapter is active."""
@@ -251,7 +244,7 @@ class AdapterBank:
 
     def _override(self, adapters: list[Adapter], keys: Collection[str] | None = None) -> None:
         """Give base parameters the values that they have with these adapters: all of them, or some."""
-        taken = self._taken_out(adapters)
+        taken = taken_out(self.base, adapters)
         values = {key: self.own[key].astype(np.float32) - value for key, value in taken.items()}
         values |= {key: value for adapter in adapters for key, value in adapter.overrides.items()}
         for key in self.own if keys is None else keys:
@@ -340,65 +333,7 @@ class AdapterBank:
         """
         self.require(name)
         self.write_back()
-        adapter = self.adapters[name]
-        if convert and not adapter.takes_out:
-            raise InputError(
-                f"the adapter {name!r} can't be converted: it takes nothing out of the base model's weights "
-                '(init_lora_weights "pissa" or "olora" does)'
-            )
-        return [
-            self._export(adapter, part, part is adapter.parts[0], convert and bool(part.initial))
-            for part in adapter.parts
-        ]
-
-    def _export(self, adapter: Adapter, part: Part, first: bool, convert: bool) -> tuple[PeftConfig, Tensors]:
-        plan, tensors, config = part.plan, part.tensors, part.plan.config
-        if convert:
-            config, tensors = config.converted(tensors, part.initial)
-        written = {path: kind.to_file(plan.sites[path], tensors[path]) for path, kind in plan.classes.items()}
-        own = plan.replaced if not first else {*plan.replaced, *(adapter.overrides.keys() - adapter.replaced)}
-        cells = {f"{path}.{leaf}": value for path in plan.wrapped for leaf, value in written[path].items()}
-        cells |= {own_name(key, plan.wrapped): adapter.overrides[key] for key in sorted(own)}
-        if getattr(plan.config, "bias", "none") == "all":
-            for stray, key, is_own in stray_names(plan.selected, plan.saved):
-                cells[stray] = self.own[key] if is_own else adapter.overrides[key]
-        config = config.for_file(written)
-        tensors = {config.SHARED_PREFIX + leaf: value for leaf, value in written.get("", {}).items()}
-        return config, tensors | {config.CELL_PREFIX + name: value for name, value in cells.items()}
-
-    def _fit(self, plan: Plan, tensors: Tensors) -> tuple[dict[str, Tensors], Tensors]:
-        """A file's tensors as an adapter's tensors and overrides; refused if they don't fit the plan."""
-        names = {
-            path: {leaf: f"{path}.{leaf}" if path else leaf for leaf in shapes}
-            for path, shapes in plan.shapes.items()
-        }
-        slots = {names[path][leaf]: s for path, shapes in plan.shapes.items() for leaf, s in shapes.items()}
-        required = plan.copies if plan.classes else sorted(plan.replaced)
-        found, own = sort_tensors(tensors, slots, self.base.places, required)
-        values = {
-            path: {leaf: found[name] for leaf, name in leaves.items()} for path, leaves in names.items()
-        }
-        for path, kind in plan.classes.items():
-            kind.check_values(plan.sites[path], values[path])
-            values[path] = {leaf: _widened(value) for leaf, value in values[path].items()}
-        # PEFT saves whole embeddings beside an adapter that targets one; what the base has anyway is let go.
-        kept = {
-            key: value
-            for key, value in own.items()
-            if key in plan.replaced or not np.array_equal(value, self.own_value(key).astype(value.dtype))
-        }
-        return values, {**{key: self.own_value(key) for key in plan.selected}, **kept}
-
-    # Counting and checking --------------------------------------------------------------------------------
-
-    def count(self) -> tuple[int, int]:
-        """(trainable, all) numbers of parameters, as PEFT counts: saved cells are copies beside the base."""
-        everything = self.base.size
-        for adapter in self.adapters.values():
-            everything += adapter.size() + self.base.count(adapter.copies)
-        active = [self.adapters[name] for name in self.active if self.adapters[name].trainable]
-        trainable = sum(adapter.size(trained=True) + self.base.count(adapter.trained) for adapter in active)
-        return trainable, everything
+        return files_of(name, self.adapters[name], self.own, convert)
 
     def require(self, name: str) -> None:
         """Raise ``InputError`` unless there is an adapter of that name."""
@@ -414,8 +349,3 @@ class AdapterBank:
             raise InputError(
                 f"can't {action} while {', '.join(self.merged)} is merged; call unmerge_adapter() first"
             )
-
-
-def _widened(value: np.ndarray) -> np.ndarray:
-    """Floats in float32; whole numbers (indices) as they are, which float32 would round above 2^24."""
-    return value.astype(np.float32) if value.dtype.kind == "f" else value

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from mindspore import nn
 
 from mindpeft.errors import InputError
 from mindpeft.parameters import Place
-from mindpeft.tuners.adapter import Part
+from mindpeft.tuners.adapter import Adapter, Part
 from mindpeft.tuners.base import Tensors, TunerLayer
 from mindpeft.tuners.plan import BaseModel
 
@@ -71,6 +71,18 @@ class Merging:
         """Whether one of the adapters changes the cell at a path as it changes those tied to it."""
         kinds = [part.plan.classes.get(path) for part in self.parts]
         return any(kind is not None and kind.FOLLOWS_TIES for kind in kinds)
+
+
+def taken_out(base: BaseModel, adapters: Iterable[Adapter]) -> Tensors:
+    """What adapters took out of the base model's parameters, in float32, by the parameters' names."""
+    taken: Tensors = {}
+    for part in (part for adapter in adapters for part in adapter.parts):
+        for path, initial in part.initial.items():
+            site = part.plan.sites[path]
+            for attribute, value in part.plan.classes[path].taken_out(site, initial).items():
+                key = base.name_of(site.cell, attribute)
+                taken[key] = taken[key] + value if key in taken else value
+    return taken
 
 
 def _own_attributes(cell: nn.Cell) -> list[str]:

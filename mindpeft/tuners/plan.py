@@ -77,6 +77,19 @@ class BaseModel:
         """The architecture's name in ``config.json``, if the model has a config."""
         return getattr(getattr(self.model, "config", None), "model_type", None)
 
+    @property
+    def name(self) -> str | None:
+        """Where the model came from, if it knows."""
+        config = getattr(self.model, "config", None)
+        name = getattr(self.model, "name_or_path", None) or getattr(config, "name_or_path", None)
+        return str(name) if name else None
+
+    @property
+    def auto_mapping(self) -> dict[str, str]:
+        """The model's class as PEFT writes it; ours bear the names of transformers' classes."""
+        library = type(self.model).__module__ if self.model_type is None else "transformers"
+        return {"base_model_class": type(self.model).__name__, "parent_library": library}
+
     def count(self, names: Collection[str]) -> int:
         """How many numbers these parameters hold; tied ones count once, running statistics don't."""
         places = [self.places[name] for name in names if not self.places[name].is_statistic]
