@@ -326,8 +326,12 @@ class Trainer:
         self.report.print()
         loss = state.total_loss / max(1, state.global_step - state.skipped_updates)
         runtime = round(time.perf_counter() - self._started, 3)
-        told = self.report.metrics()
-        metrics = {"train_loss": loss, "train_runtime": runtime, **told, "epoch": state.epoch}
+        metrics = {
+            "train_loss": loss,
+            "train_runtime": runtime,
+            **self.report.metrics(),
+            "epoch": state.epoch,
+        }
         return TrainOutput(state.global_step, loss, metrics)
 
     def _use_device(self) -> None:

@@ -14,11 +14,11 @@ import numpy as np
 import peft
 import pytest
 import torch
-from mindspore import Tensor
+from mindspore import Tensor, nn
 from safetensors.numpy import load_file
 
 import mindpeft.tuners
-from mindpeft import PeftModel, get_peft_model
+from mindpeft import PeftConfig, PeftModel, get_peft_model
 from mindpeft.parameters import base_places
 
 LABELS = np.array([0, 2, 1, 1])
@@ -221,6 +221,19 @@ def check_merging(
         np.testing.assert_allclose(
             place.read(), state[name].numpy(), atol=method.tolerance, rtol=1e-5, err_msg=name
         )
+
+
+def check_half_precision(config: PeftConfig) -> None:
+    """On a float16 linear cell "0" (8, 8) the adapter is float32, the result float16, and merging exact."""
+    cell = nn.SequentialCell(nn.Dense(8, 8, dtype=ms.float16))
+    model = get_peft_model(cell, config)
+    randomise(model)
+    assert {str(parameter.dtype) for parameter in model.trainable_params()} == {"Float32"}
+    x = Tensor(np.random.default_rng(0).normal(size=(3, 8)).astype(np.float16))
+    y = model(x)
+    assert y.dtype == ms.float16
+    model.merge_adapter()
+    np.testing.assert_allclose(y.asnumpy(), model(x).asnumpy(), atol=3e-2)
 
 
 def weights_of(model: PeftModel) -> dict[str, np.ndarray]:

@@ -250,6 +250,28 @@ def check_writing(method: Method, head: str, folder: Path, **options: Any) -> No
     assert largest_error(outputs_here(bare, batch), outputs_here(base_here(head), batch)) == 0
 
 
+def check_loss_and_gradients(
+    method: Method, head: str, folder: Path, names: Callable[[dict], dict] = dict, **options: Any
+) -> None:
+    """A fresh adapter with PEFT's values has its loss, gradients, numbers and files.
+
+    Args:
+        names: from PEFT's names of the tensors to ours.
+    """
+    theirs, batch = method.there(head, folder / "theirs", **options), batch_for(head)
+    labels = labels_for(head, batch)
+    loss = loss_there(theirs, head, batch, labels)
+    loss.backward()
+    ours = method.here(head, **options)
+    take_over(ours, theirs, names)
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+    found, gradients = gradients_here(ours, batch, labels)
+    assert found == pytest.approx(loss.item(), rel=1e-5)
+    check_gradients(gradients, names(gradients_there(theirs)))
+    ours.save_pretrained(folder / "ours")
+    check_files(folder / "ours", folder / "theirs", exact=False)
+
+
 def check_switching(method: Method, **other: Any) -> None:
     """Adapters of one shape share a graph; one of another shape (``other``) answers as it does alone."""
     model, batch = method.here("sequence"), batch_for("sequence")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import mindspore as ms
 import numpy as np
 import peft.utils.constants as theirs
 import pytest
 import torch
-from mindspore import Tensor, nn
+from mindspore import nn
 
 from mindpeft import get_peft_model
 from mindpeft.errors import InputError
@@ -79,14 +78,7 @@ def test_default_targets_are_pefts():
 
 
 def test_half_precision_base_keeps_a_float32_adapter():
-    cell = nn.SequentialCell(nn.Dense(8, 8, dtype=ms.float16))
-    model = get_peft_model(cell, FourierFTConfig(target_modules=["0"], n_frequency=20, scaling=5))
-    assert {str(p.dtype) for p in model.trainable_params()} == {"Float32"}
-    x = Tensor(np.random.default_rng(0).normal(size=(3, 8)).astype(np.float16))
-    y = model(x)
-    assert y.dtype == ms.float16
-    model.merge_adapter()
-    np.testing.assert_allclose(y.asnumpy(), model(x).asnumpy(), atol=3e-2)
+    check.check_half_precision(FourierFTConfig(target_modules=["0"], n_frequency=20, scaling=5))
 
 
 @pytest.mark.parametrize(

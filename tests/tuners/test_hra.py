@@ -5,7 +5,7 @@ from __future__ import annotations
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, nn
+from mindspore import Tensor
 
 from mindpeft import get_peft_model
 from mindpeft.errors import InputError
@@ -87,14 +87,7 @@ def test_no_gradient_is_lost_while_another_adapter_acts(twins):
 
 
 def test_half_precision_base_keeps_a_float32_adapter():
-    cell = nn.SequentialCell(nn.Dense(8, 8, dtype=ms.float16))
-    model = get_peft_model(cell, HRAConfig(target_modules=["0"], init_weights=False, r=2))
-    assert {str(p.dtype) for p in model.trainable_params()} == {"Float32"}
-    x = Tensor(np.random.default_rng(0).normal(size=(3, 8)).astype(np.float16))
-    y = model(x)
-    assert y.dtype == ms.float16
-    model.merge_adapter()
-    np.testing.assert_allclose(y.asnumpy(), model(x).asnumpy(), atol=3e-2)
+    check.check_half_precision(HRAConfig(target_modules=["0"], init_weights=False, r=2))
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor
 from peft.tuners.lokr.layer import factorization
 
 from mindpeft import get_peft_model
@@ -79,14 +77,7 @@ def test_split_is_pefts_factorization(factor):
 
 
 def test_half_precision_base_keeps_a_float32_adapter():
-    cell = ms.nn.SequentialCell(ms.nn.Dense(8, 8, dtype=ms.float16))
-    model = get_peft_model(cell, LoKrConfig(target_modules=["0"], r=1, init_weights=False))
-    assert {str(p.dtype) for p in model.trainable_params()} == {"Float32"}
-    x = Tensor(np.random.default_rng(0).normal(size=(3, 8)).astype(np.float16))
-    y = model(x)
-    assert y.dtype == ms.float16
-    model.merge_adapter()
-    np.testing.assert_allclose(y.asnumpy(), model(x).asnumpy(), atol=3e-2)
+    check.check_half_precision(LoKrConfig(target_modules=["0"], r=1, init_weights=False))
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, nn
 
 from mindpeft import get_peft_model
 from mindpeft.errors import InputError
@@ -66,16 +64,7 @@ def test_dropout_acts_while_training_only(twins):
 
 @pytest.mark.parametrize("init", [False, "bat"])
 def test_half_precision_base_keeps_a_float32_adapter(init):
-    ms.set_seed(1)
-    cell = nn.SequentialCell(nn.Dense(8, 8, dtype=ms.float16))
-    model = get_peft_model(cell, MissConfig(target_modules=["0"], init_weights=init, r=4))
-    check.randomise(model)
-    assert {str(p.dtype) for p in model.trainable_params()} == {"Float32"}
-    x = Tensor(np.random.default_rng(0).normal(size=(3, 8)).astype(np.float16))
-    y = model(x)
-    assert y.dtype == ms.float16
-    model.merge_adapter()
-    np.testing.assert_allclose(y.asnumpy(), model(x).asnumpy(), atol=3e-2)
+    check.check_half_precision(MissConfig(target_modules=["0"], init_weights=init, r=4))
 
 
 @pytest.mark.parametrize(

@@ -17,16 +17,11 @@ from tests.tuners import prompts
 from tests.tuners.prompts import (
     base_here,
     batch_for,
-    check_gradients,
     check_reading,
     check_resuming,
     check_switching,
     check_writing,
-    gradients_here,
-    gradients_there,
-    labels_for,
     largest_error,
-    loss_there,
     outputs_here,
     outputs_there,
 )
@@ -69,18 +64,7 @@ def test_reading_what_peft_wrote(tmp_path, head, options):
     ("head", "options"), [("sequence", {}), ("token", PROJECTED), ("sequence", PROJECTED), ("answer", {})]
 )
 def test_loss_and_gradients(tmp_path, head, options):
-    theirs, batch = METHOD.there(head, tmp_path / "theirs", **options), batch_for(head)
-    labels = labels_for(head, batch)
-    loss = loss_there(theirs, head, batch, labels)
-    loss.backward()
-    ours = METHOD.here(head, **options)
-    prompts.take_over(ours, theirs, from_peft)
-    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
-    found, gradients = gradients_here(ours, batch, labels)
-    assert found == pytest.approx(loss.item(), rel=1e-5)
-    check_gradients(gradients, from_peft(gradients_there(theirs)))
-    ours.save_pretrained(tmp_path / "ours")
-    prompts.check_files(tmp_path / "ours", tmp_path / "theirs", exact=False)
+    prompts.check_loss_and_gradients(METHOD, head, tmp_path, from_peft, **options)
 
 
 def test_pynative_gives_the_same(tmp_path):

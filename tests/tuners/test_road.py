@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, nn
 
 from mindpeft import get_peft_model
 from mindpeft.errors import InputError
@@ -62,14 +60,7 @@ def test_another_grouping_in_the_same_slot_is_compiled_anew(twins):
 
 
 def test_half_precision_base_keeps_a_float32_adapter():
-    cell = nn.SequentialCell(nn.Dense(8, 8, dtype=ms.float16))
-    model = get_peft_model(cell, RoadConfig(target_modules=["0"], init_weights=False, group_size=4))
-    assert {str(p.dtype) for p in model.trainable_params()} == {"Float32"}
-    x = Tensor(np.random.default_rng(0).normal(size=(3, 8)).astype(np.float16))
-    y = model(x)
-    assert y.dtype == ms.float16
-    model.merge_adapter()
-    np.testing.assert_allclose(y.asnumpy(), model(x).asnumpy(), atol=3e-2)
+    check.check_half_precision(RoadConfig(target_modules=["0"], init_weights=False, group_size=4))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import json
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor
 from safetensors.numpy import load_file, save_file
 
 from mindpeft import PeftModel, get_peft_model
@@ -80,14 +79,7 @@ def test_dropout_acts_while_training_only(twins):
 
 
 def test_half_precision_base_keeps_a_float32_adapter():
-    cell = ms.nn.SequentialCell(ms.nn.Dense(8, 8, dtype=ms.float16))
-    model = get_peft_model(cell, VeraConfig(target_modules=["0"], r=4, init_weights=False))
-    assert {str(p.dtype) for p in model.trainable_params()} == {"Float32"}
-    x = Tensor(np.random.default_rng(0).normal(size=(3, 8)).astype(np.float16))
-    y = model(x)
-    assert y.dtype == ms.float16
-    model.merge_adapter()
-    np.testing.assert_allclose(y.asnumpy(), model(x).asnumpy(), atol=3e-2)
+    check.check_half_precision(VeraConfig(target_modules=["0"], r=4, init_weights=False))
 
 
 def test_a_file_without_projections_is_refused(twins, tmp_path):
