@@ -61,8 +61,9 @@ def from_files(folder: Path) -> list[Injection]:
             if not is_stray(name):
                 place, kind, leaf = _placed(config, name)
                 places.setdefault((place, kind), []).append((leaf, shape))
-        found += [Injection(_parts(place), kind, tuple(tensors)) for (place, kind), tensors in places.items()]
-    return _folded(sorted(found, key=lambda injection: [_natural(part) for part in injection.place]))
+        injections = [Injection(_parts(path), kind, tuple(held)) for (path, kind), held in places.items()]
+        found += _folded(sorted(injections, key=lambda injection: list(map(_natural, injection.place))))
+    return found
 
 
 def _placed(config: PeftConfig, name: str) -> tuple[str, str, str]:
@@ -89,12 +90,15 @@ def _paths(name: str) -> Iterator[str]:
 
 
 def from_model(model: PeftModel) -> list[Injection]:
-    """What a model's adapters have in it, in the model's order."""
-    return _folded(
-        Injection(_parts(layer.name), layer.module_type, tuple(tensors))
-        for layer in model.get_layer_status()
-        for tensors in layer.tensors.values()
-    )
+    """What a model's adapters have in it, one adapter after the other, in the model's order."""
+    layers, found = model.get_layer_status(), []
+    for name in model.peft_config:
+        found += _folded(
+            Injection(_parts(layer.name), layer.module_type, tuple(layer.tensors[name]))
+            for layer in layers
+            if name in layer.tensors
+        )
+    return found
 
 
 def _parts(path: str) -> tuple[str, ...]:
@@ -123,8 +127,6 @@ def _joined(group: list[Injection], depth: int) -> Injection:
     first = group[0]
     if len(group) == 1:
         return first
-    if len(first.place) <= depth or not first.place[depth].isdecimal():  # several adapters at one place
-        return Injection(first.place, first.kind, first.tensors, sum(member.places for member in group))
     numbers = sorted({int(member.place[depth]) for member in group})
     place = (*first.place[:depth], f"[{_ranges(numbers)}]", *first.place[depth + 1 :])
     return Injection(place, first.kind, first.tensors, sum(member.places for member in group))

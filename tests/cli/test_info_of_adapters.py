@@ -69,6 +69,16 @@ def test_a_lora_adapter_of_24_layers_has_few_lines(tmp_path):
     ]
 
 
+def test_parts_of_a_hybrid_have_lines_of_their_own(tiny_bert, tmp_path):
+    same = LoraConfig(target_modules=["query"], r=4)
+    found = rows(from_files(saved(tiny_bert, tmp_path, [same, same, BitFitConfig()])))
+    lora = [row for row in found if row["kind"] == "LORA"]
+    assert [row["places"] for row in lora] == [2, 2]
+    assert lora[0]["place"] == lora[1]["place"] == f"bert.{SELF}.query"
+    biases = {row["place"]: row for row in found if row["kind"] == "selected"}
+    assert biases[f"bert.{SELF}.query"]["tensors"] == {"bias": [32]}
+
+
 def test_layers_that_differ_have_lines_of_their_own(tiny_bert, tmp_path):
     found = {row["place"]: row for row in rows(from_files(saved(tiny_bert, tmp_path, CONFIGS["ranks"])))}
     assert found[f"bert.{SELF}.query"]["places"] == 2
