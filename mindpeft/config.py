@@ -156,12 +156,15 @@ class PeftConfig:
             InputError: it can't be rebuilt at all.
         """
 
-    def check_origin(self, peft_version: str | None) -> None:
-        """Warn of a file whose writer meant something else by these keys and tensors.
+    def as_written(self, values: Mapping[str, Any]) -> PeftConfig:
+        """The config that means now what a file's keys meant to the PEFT that wrote them.
+
+        What can't be had exactly is warned of.
 
         Args:
-            peft_version: of the PEFT that wrote it; ``None`` where the file does not say, as before 0.18.
+            values: the file's keys and values; "peft_version" is there since PEFT 0.18.
         """
+        return self
 
     def slot_classes(self, base: BaseModel) -> dict[str, type[Slot]]:
         """The class of the slot at each place that the method changes, by path; "" is the model itself."""
@@ -238,9 +241,7 @@ class PeftConfig:
         if not isinstance(values, dict):
             raise InputError(f"{path} must hold a JSON object, not {type(values).__name__}")
         try:
-            config = cls.from_dict(values)
-            config.check_origin(values.get("peft_version"))
-            return config
+            return cls.from_dict(values).as_written(values)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
 
