@@ -40,7 +40,9 @@ class Place:
     @property
     def parameter(self) -> ms.Parameter:
         """The parameter that is there now."""
-        return getattr(self.cell, self.attribute)
+        # Not the attribute at once: it is another value where LoRA adapts the parameter itself.
+        own = self.cell._params.get(self.attribute)
+        return getattr(self.cell, self.attribute) if own is None else own
 
     @property
     def is_statistic(self) -> bool:

@@ -214,6 +214,8 @@ def _warn_of_idle_entries(config: Any, found: list[str], matches: Mapping[str, M
             logger.warning("target_modules that matched no cell: %s", ", ".join(idle))
     if getattr(config, "exclude_modules", None) and Match.EXCLUDED not in matches.values():
         logger.warning("exclude_modules excluded no cell: %s", config.exclude_modules)
+    if getattr(config, "target_parameters", None):
+        return  # the patterns may mean those
     for attribute in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, attribute, None) or {}
         patterns = [key for key, value in patterns.items() if not isinstance(value, list)]  # not AdaLoRA's

@@ -121,7 +121,7 @@ def test_task_heads(task, given, heads):
         ({"use_qalora": True}, "use_qalora=True"),
         ({"alora_invocation_tokens": [1]}, r"alora_invocation_tokens=\[1\]"),
         ({"arrow_config": {"top_k": 1}}, "arrow_config="),
-        ({"target_parameters": ["w"]}, "target_parameters="),
+        ({"target_parameters": "w"}, "target_parameters must be a list of names"),
         ({"layer_replication": [[0, 1]]}, "layer_replication="),
         ({"megatron_config": {"a": 1}}, "megatron_config="),
         ({"eva_config": {"rho": 2.0}}, "eva_config="),

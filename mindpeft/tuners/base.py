@@ -198,8 +198,12 @@ class Slot(nn.Cell):
             changed = True
         return changed
 
+    def attribute_of(self, tensor: str) -> str:
+        """Where in the slot a tensor sits, dotted."""
+        return tensor
+
     def _create(self, name: str, value: np.ndarray, trainable: bool) -> None:
-        *holders, leaf = name.split(".")
+        *holders, leaf = self.attribute_of(name).split(".")
         cell: nn.Cell = self
         for holder in holders:
             if holder not in cell.name_cells():
@@ -211,7 +215,7 @@ class Slot(nn.Cell):
     def slot(self, name: str) -> ms.Parameter:
         """The slot's parameter of that name."""
         cell: Any = self
-        for part in name.split("."):
+        for part in self.attribute_of(name).split("."):
             cell = getattr(cell, part)
         return cell
 
@@ -280,6 +284,9 @@ class TunerLayer(Slot):
             the parameters that change, by attribute, in float32.
         """
         raise NotImplementedError
+
+    def release(self) -> None:
+        """Undo what the layer did to the original cell; called when it is taken out for good."""
 
     @classmethod
     def check_merge(cls, site: Site) -> None:

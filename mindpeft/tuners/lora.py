@@ -7,6 +7,7 @@ rank-stabilised LoRA (Kalajdzievski 2023).
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -14,6 +15,7 @@ from mindspore import nn
 
 from mindpeft.config import PeftType, register_method
 from mindpeft.errors import InputError
+from mindpeft.targets import pattern_value
 from mindpeft.tuners.base import (
     Tensors,
     TunerLayer,
@@ -27,6 +29,7 @@ from mindpeft.tuners.dora import DoraEmbedding, DoraLinear
 from mindpeft.tuners.lora_conv import LoraConv1d, LoraConv2d, is_convolution
 from mindpeft.tuners.lora_init import EVA, as_ordinary, check_initialisation
 from mindpeft.tuners.lora_layers import LoraEmbedding, LoraLinear
+from mindpeft.tuners.lora_parameter import AdaptsParameters
 from mindpeft.tuners.targeted import TargetedConfig, check_count, check_number, check_rate
 from mindpeft.tuners.trainable_tokens import TrainsTokens
 
@@ -46,7 +49,6 @@ _EXTENSIONS = (
     "use_qalora",
     "monteclora_config",
     "layer_replication",
-    "target_parameters",
     "use_bdlora",
     "arrow_config",
     "kasa_config",
@@ -58,7 +60,7 @@ logger = logging.getLogger(__name__)
 
 @register_method
 @dataclass
-class LoraConfig(TrainsTokens, TargetedConfig):
+class LoraConfig(TrainsTokens, AdaptsParameters, TargetedConfig):
     """Hugging Face PEFT's configuration of ordinary LoRA, key by key.
 
     Attributes:
@@ -82,6 +84,8 @@ class LoraConfig(TrainsTokens, TargetedConfig):
             ids by the names of embeddings.
         rank_pattern: regular expression for the end of a name -> its rank.
         alpha_pattern: regular expression for the end of a name -> its alpha.
+        target_parameters: names or dotted suffixes of parameters of two axes, or of three with a matrix for
+            each expert, that are adapted where they are; ``target_modules=[]`` then means no cell besides.
         lora_bias: give B a bias.
         use_dora: DoRA: the length of each row of the weight is a trained vector of its own.
 
@@ -134,6 +138,7 @@ class LoraConfig(TrainsTokens, TargetedConfig):
             self.eva_config = dict(EVA)
         self._check_extensions()
         self.check_token_indices()
+        self.check_target_parameters()
         self._check_numbers()
         self._check_choices()
 
@@ -183,12 +188,18 @@ class LoraConfig(TrainsTokens, TargetedConfig):
                 self.init_lora_weights,
             )
 
+    def scaling_at(self, path: str, rank: int) -> float:
+        """The factor of B A at a path, for its rank."""
+        alpha = pattern_value(self.alpha_pattern, path, self.lora_alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
     def roomy(self, slot_rank: int) -> LoraConfig:
         return replace(self, r=slot_rank, rank_pattern={})
 
     def slot_classes(self, base: BaseModel) -> dict[str, type[Slot]]:
         classes = super().slot_classes(base)
-        return {**classes, **self.token_slots(base, classes)}
+        classes |= self.token_slots(base, classes)
+        return classes | self.parameter_slots(base, classes)
 
     def slot_class(self, cell: nn.Cell, path: str) -> type[TunerLayer]:
         if is_linear(cell):

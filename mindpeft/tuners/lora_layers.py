@@ -6,7 +6,6 @@ rank-stabilised LoRA (Kalajdzievski 2023).
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import mindspore as ms
@@ -46,9 +45,7 @@ class LoraLayer(TunerLayer):
 
     @classmethod
     def scaling_of(cls, site: Site) -> float:
-        config, rank = site.config, cls.rank_of(site)
-        alpha = pattern_value(config.alpha_pattern, site.path, config.lora_alpha)
-        return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        return site.config.scaling_at(site.path, cls.rank_of(site))
 
     @classmethod
     def takes_out(cls, site: Site) -> bool:

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from mindspore import nn
 
 from mindpeft.config import PeftConfig
+from mindpeft.errors import InputError
 from mindpeft.parameters import Place, base_places
 from mindpeft.targets import find_targets, output_head_names, resolve_targets, saved_modules
+from mindpeft.tuners.adapted_value import is_adapted
 from mindpeft.tuners.base import Shapes, Site, Slot, is_linear
 
 
@@ -103,8 +105,19 @@ class BaseModel:
         return {key: found for key, found in names.items() if len(found) > 1}
 
     def targets(self, config: PeftConfig) -> dict[str, nn.Cell]:
-        """The cells that a config with resolved ``target_modules`` means. Raises ``InputError`` if none."""
-        return {path: self.cells[path] for path in find_targets(config, self.cells)}
+        """The cells that a config with resolved ``target_modules`` means.
+
+        Raises:
+            InputError: there are none, or one computes with adapted values of its parameters.
+        """
+        found = {path: self.cells[path] for path in find_targets(config, self.cells)}
+        taken = next((path for path, cell in found.items() if is_adapted(cell)), None)
+        if taken is not None:
+            raise InputError(
+                f"{taken!r} has parameters that another adapter adapts (target_parameters); unload() the "
+                "model first"
+            )
+        return found
 
     def resolve_targets(self, config: PeftConfig, defaults: Mapping[str, list[str] | str]) -> set[str] | str:
         """A config's ``target_modules`` with defaults filled in and "all-linear" spelled out.

@@ -149,7 +149,10 @@ class Rack:
             for place, parameter in self._tied:
                 place.put(parameter)
         for path, chain in self.slots.items():
-            if any(isinstance(slot, TunerLayer) for slot in chain):
+            layers = [slot for slot in chain if isinstance(slot, TunerLayer)]
+            for layer in layers:
+                layer.release()
+            if layers:
                 self.replace(path, self.base.cells[path] if path else self.base.model)
         self.slots.clear()
         self.version += 1

@@ -99,7 +99,7 @@ class TargetedConfig(PeftConfig):
 
     def _tell_layout(self, base: BaseModel) -> None:
         """Set ``fan_in_fan_out`` as PEFT leaves it: what the last linear cell's weight is."""
-        linear = [cell for cell in base.targets(self).values() if is_linear(cell)]
+        linear = [cell for cell in self.target_cells(base).values() if is_linear(cell)]
         if linear:
             transposed = is_transposed(linear[-1])
             if transposed != self.fan_in_fan_out:
@@ -107,7 +107,11 @@ class TargetedConfig(PeftConfig):
             self.fan_in_fan_out = transposed
 
     def slot_classes(self, base: BaseModel) -> dict[str, type[Slot]]:
-        return {path: self.slot_class(cell, path) for path, cell in base.targets(self).items()}
+        return {path: self.slot_class(cell, path) for path, cell in self.target_cells(base).items()}
+
+    def target_cells(self, base: BaseModel) -> dict[str, nn.Cell]:
+        """The cells that ``target_modules`` means, by path."""
+        return base.targets(self)
 
     def selected(self, base: BaseModel, wrapped: Collection[str]) -> list[str]:
         kind = getattr(self, "bias", "none")
