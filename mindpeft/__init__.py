@@ -14,6 +14,7 @@ _HOMES = {
     "PeftType": "mindpeft.config",
     "TaskType": "mindpeft.config",
     "get_peft_model": "mindpeft.peft_model",
+    "initialize_lora_eva_weights": "mindpeft.tuners.eva",
 }
 
 __all__ = list(_HOMES)

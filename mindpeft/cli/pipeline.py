@@ -22,7 +22,9 @@ from mindpeft.files import write_json
 from mindpeft.peft_model import PeftModel, get_peft_model
 from mindpeft.recipe import Recipe
 from mindpeft.train import Trainer, TrainerCallback, TrainingArguments
+from mindpeft.train.batches import make_batches
 from mindpeft.train.checkpoints import find_checkpoint, list_checkpoints
+from mindpeft.tuners.eva import initialize_lora_eva_weights
 
 if TYPE_CHECKING:
     from mindpeft.config import PeftConfig
@@ -96,10 +98,12 @@ def _run_stage(
         )
 
     parts = {"eval": batches(splits.eval), "test": batches(splits.test)}
+    train = batches(splits.train, training=True)
+    _begin_with_data(model, stage, train, args, tokenizer)
     trainer = Trainer(
         model,
         args,
-        train_dataset=batches(splits.train, training=True),
+        train_dataset=train,
         eval_dataset=parts["eval"] if parts["eval"] is not None else parts["test"],
         processing_class=tokenizer,
         callbacks=[RunFilesCallback(recipe, splits)],
@@ -154,6 +158,31 @@ def _build_model(recipe: Recipe, splits: Splits, folder: Path, previous: Path | 
     peft_model = PeftModel.from_pretrained(model, previous, is_trainable=True)
     peft_model.extend_adapter("default", configs)
     return peft_model
+
+
+def _begin_with_data(
+    model: PeftModel,
+    stage: Recipe,
+    features: Features | BucketBatcher,
+    args: TrainingArguments,
+    tokenizer: Tokenizer,
+) -> None:
+    """Run EVA over the training data, if the stage's adapter begins so; a resumed run needs its ranks too."""
+    kinds = [getattr(config, "init_lora_weights", None) for config in stage.peft_configs()]
+    if "eva" not in kinds:
+        return
+    logger.info("EVA: looking at what the adapted cells are given")
+    data = make_batches(
+        features,
+        args.per_device_train_batch_size,
+        pad_token_id=tokenizer.pad_token_id or 0,
+        max_buckets=args.max_buckets,
+        max_length=args.max_length,
+        shuffle=True,
+        seed=args.seed,
+    )
+    data.set_epoch(0)
+    initialize_lora_eva_weights(model, data)
 
 
 def _save_fresh_cells(model: PreTrainedModel, configs: list[PeftConfig]) -> None:

@@ -106,6 +106,34 @@ class AdapterBank:
         if name in self.active:
             self.activate(self.active)
 
+    def remake(self, name: str, part: Part, config: PeftConfig, given: dict[str, Tensors]) -> None:
+        """Give an adapter another part in the place of one of its own, and all slots anew (for other ranks).
+
+        Args:
+            name: the adapter.
+            part: one of its parts.
+            config: the new part's.
+            given: path -> tensors that the new part has instead of fresh ones; elsewhere it keeps the part's.
+        """
+        self.require_plain("change an adapter")
+        self.write_back()
+        plan = self.base.plan(config)
+        with self._whole_weights():
+            values = {
+                path: {**kind.initial_tensors(plan.sites[path]), **given[path]}
+                if path in given
+                else part.tensors[path]
+                for path, kind in plan.classes.items()
+            }
+        parts = self.adapters[name].parts
+        new = Part(plan, values, part.initial, part.trainable)
+        self.adapters[name].parts = [new if other is part else other for other in parts]
+        self._seats = []
+        self.rack.clear(keep_values=True)
+        for adapter in self.adapters.values():
+            self.rack.seat(adapter.parts)
+        self._show([self.adapters[active] for active in self.active])
+
     def _settle(self, adapter: Adapter, room: list[Plan]) -> None:
         """Make slots for an adapter, and keep the base model's values of what it replaces."""
         self.rack.seat(adapter.parts, room)

@@ -27,9 +27,10 @@ from mindpeft.tuners.base import (
 )
 from mindpeft.tuners.dora import DoraEmbedding, DoraLinear
 from mindpeft.tuners.lora_conv import LoraConv1d, LoraConv2d, is_convolution
-from mindpeft.tuners.lora_init import EVA, as_ordinary, check_initialisation
+from mindpeft.tuners.lora_init import as_ordinary, check_initialisation
 from mindpeft.tuners.lora_layers import LoraEmbedding, LoraLinear
 from mindpeft.tuners.lora_parameter import AdaptsParameters
+from mindpeft.tuners.lora_subconfigs import EvaConfig, sub_config
 from mindpeft.tuners.targeted import TargetedConfig, check_count, check_number, check_rate
 from mindpeft.tuners.trainable_tokens import TrainsTokens
 
@@ -75,9 +76,10 @@ class LoraConfig(TrainsTokens, AdaptsParameters, TargetedConfig):
         use_rslora: scale by alpha / sqrt(r).
         modules_to_save: cells trained and saved whole (a fresh head).
         init_lora_weights: ``True`` (B zero), ``False`` (both random), "gaussian" (A normal, std 1/r),
-            "orthogonal"; or "pissa", "pissa_niter_N" (a faster, rougher decomposition of N iterations) and
-            "olora", which take the fresh adapter out of the base model's weights while it is active; "eva"
-            only in the files of adapters.
+            "orthogonal"; "eva", which begins as ``True`` until ``initialize_lora_eva_weights`` is called with
+            data; or "pissa", "pissa_niter_N" (a faster, rougher decomposition of N iterations) and "olora",
+            which take the fresh adapter out of the base model's weights while it is active.
+        eva_config: an ``EvaConfig``, or its keys and values.
         layers_to_transform: only these layer indices; needs a list of targets.
         layers_pattern: the name before the layer index.
         trainable_token_indices: ids of tokens whose rows of the input embedding are trained besides, or such
@@ -111,7 +113,7 @@ class LoraConfig(TrainsTokens, AdaptsParameters, TargetedConfig):
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     loftq_config: dict = field(default_factory=dict)
-    eva_config: dict | None = None
+    eva_config: dict | EvaConfig | None = None
     corda_config: dict | None = None
     lora_ga_config: dict | None = None
     use_dora: bool = False
@@ -134,8 +136,9 @@ class LoraConfig(TrainsTokens, AdaptsParameters, TargetedConfig):
         super().__post_init__()
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
+        self.eva_config = sub_config("eva_config", self.eva_config, EvaConfig)
         if self.init_lora_weights == "eva" and self.eva_config is None:
-            self.eva_config = dict(EVA)
+            self.eva_config = EvaConfig()
         self._check_extensions()
         self.check_token_indices()
         self.check_target_parameters()
@@ -149,7 +152,7 @@ class LoraConfig(TrainsTokens, AdaptsParameters, TargetedConfig):
         for key in _EXTENSIONS:
             value = getattr(self, key)
             if key == "eva_config" and self.init_lora_weights == "eva":
-                continue  # told how A began; of no consequence to an adapter that is there
+                continue
             if value not in (defaults[key], None, False) and value != {}:
                 raise InputError(
                     f"{key}={value!r} is not supported; only ordinary LoRA is (leave it at {defaults[key]!r})"

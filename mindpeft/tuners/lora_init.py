@@ -24,16 +24,7 @@ if TYPE_CHECKING:
 
 Pair = tuple[np.ndarray, np.ndarray]  # A (r, in) and B (out, r)
 
-_NAMES = ("gaussian", "pissa", "pissa_niter_4", "olora", "orthogonal")
-# PEFT's own defaults, which its files have.
-EVA = {
-    "rho": 2.0,
-    "tau": 0.99,
-    "use_label_mask": True,
-    "label_mask_value": -100,
-    "whiten": False,
-    "adjust_scaling_factors": True,
-}
+_NAMES = ("gaussian", "eva", "pissa", "pissa_niter_4", "olora", "orthogonal")
 _UNSUPPORTED = {
     "loftq": "it needs the quantisation kernels of bitsandbytes",
     "corda": "it needs covariances that only PEFT's preprocessing gathers",
@@ -58,12 +49,7 @@ def takes_out(kind: bool | str) -> bool:
 
 
 def random_pair(kind: bool | str, n_in: int, n_out: int, rank: int) -> Pair:
-    """A and B that know nothing of the weight, from NumPy's global generator."""
-    if kind == "eva":
-        raise InputError(
-            'init_lora_weights="eva" is not supported for a new adapter, whose A comes from data that PEFT '
-            "gathers; adapters made with it can be read"
-        )
+    """A and B that know nothing of the weight, from NumPy's global generator ("eva": till there are data)."""
     if kind == "orthogonal":
         return _orthogonal(n_in, n_out, rank)
     if kind == "gaussian":
@@ -107,21 +93,19 @@ def pair_of_weight(kind: str, weight: np.ndarray, rank: int, scaling: float) -> 
     if iterations is None:
         u, values, v = np.linalg.svd(weight, full_matrices=False)
     else:
-        u, values, v = _low_rank_svd(weight, rank, int(iterations))
+        u, values, v = low_rank_svd(weight, rank, int(iterations))
     roots = np.sqrt(values[:rank] / np.float32(scaling))
     return roots[:, None] * v[:rank], u[:, :rank] * roots
 
 
-def _low_rank_svd(
-    weight: np.ndarray, rank: int, iterations: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def low_rank_svd(weight: np.ndarray, rank: int, iterations: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The largest singular values and vectors, nearly: Halko et al. 2011, algorithms 4.4 and 5.1.
 
     The projection is always the same one, so that reading an adapter takes out of the weight what was taken
     out when it was made.
     """
     if weight.shape[0] < weight.shape[1]:
-        u, values, v = _low_rank_svd(weight.T, rank, iterations)
+        u, values, v = low_rank_svd(weight.T, rank, iterations)
         return v.T, values, u.T
     projection = np.random.RandomState(0).standard_normal((weight.shape[1], rank)).astype(np.float32)
     basis = np.linalg.qr(weight @ projection)[0]

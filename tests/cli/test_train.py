@@ -58,3 +58,18 @@ def test_peft_opens_the_run_folder_and_agrees(finished_run: Path, tiny_bert: Pat
 
     found = run.model(**{name: ms.Tensor([ids], ms.int32) for name, ids in row.items()}).asnumpy()
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_an_adapter_that_begins_with_the_data(tiny_bert: Path, data_dir: Path, cli, tmp_path: Path):
+    """EVA in a recipe: ranks shared out anew are in the folder, which opens again."""
+    from tests.cli.conftest import write_recipe
+
+    sections = {"peft": "  init_lora_weights: eva\n  eva_config: {rho: 1.5, tau: 0.9}\n"}
+    recipe = write_recipe(tmp_path / "r.yaml", tiny_bert, data_dir, tmp_path / "out", **sections)
+    result = cli("train", recipe, "train.num_train_epochs=1")
+    assert result.exit_code == 0, result.stderr
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["init_lora_weights"] == "eva"
+    assert config["eva_config"]["rho"] == 1.5
+    assert sum({**dict.fromkeys(config["target_modules"], 4), **config["rank_pattern"]}.values()) == 16
+    assert cli("eval", tmp_path / "out", "--data", data_dir / "test.csv").exit_code == 0

@@ -214,7 +214,6 @@ def test_orthogonal(twins):
     ("options", "message"),
     [
         ({"r": 17, "init_lora_weights": "pissa"}, "needs a rank of at most 16 for a weight of shape"),
-        ({"init_lora_weights": "eva"}, "not supported for a new adapter"),
         ({"r": 17, "init_lora_weights": "olora"}, "needs a rank of at most 16"),
         ({"r": 3, "init_lora_weights": "orthogonal"}, "needs an even rank, not 3"),
         (
