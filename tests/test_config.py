@@ -108,7 +108,7 @@ def test_task_heads(task, given, heads):
         ({"bias": "lora"}, "bias must be one of none, all, lora_only, not 'lora'; did you mean 'lora_only'?"),
         ({"task_type": "SEQ_CLASS"}, "unknown task_type 'SEQ_CLASS'; did you mean 'SEQ_CLS'?"),
         ({"init_lora_weights": "pisa"}, "init_lora_weights='pisa' is not supported; did you mean 'pissa'"),
-        ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq' is not supported: it needs the quant"),
+        ({"init_lora_weights": "loftq"}, '"loftq" needs loftq_config'),
         ({"init_lora_weights": "pissa_niter_"}, "init_lora_weights='pissa_niter_' is not supported"),
         ({"init_lora_weights": "olora", "lora_bias": True}, "lora_bias needs init_lora_weights true or fa"),
         ({"use_dora": True, "lora_bias": True}, "lora_bias and use_dora can't be used together"),

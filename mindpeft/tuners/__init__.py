@@ -25,6 +25,7 @@ from mindpeft.tuners.loha import LoHaConfig as LoHaConfig
 from mindpeft.tuners.lokr import LoKrConfig as LoKrConfig
 from mindpeft.tuners.lora import LoraConfig as LoraConfig
 from mindpeft.tuners.lora_subconfigs import EvaConfig as EvaConfig
+from mindpeft.tuners.lora_subconfigs import LoftQConfig as LoftQConfig
 from mindpeft.tuners.miss import MissConfig as MissConfig
 from mindpeft.tuners.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
 from mindpeft.tuners.oft import OFTConfig as OFTConfig

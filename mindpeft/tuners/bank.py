@@ -151,7 +151,7 @@ class AdapterBank:
             plan.config.inference_mode = not trainable
             values, overrides = self._fresh(plan) if tensors is None else self._read(plan, tensors[index])
             initial = {
-                path: values[path] if tensors is None else kind.initial_tensors(plan.sites[path])
+                path: kind.beginning(plan.sites[path], values[path] if tensors is None else None)
                 for path, kind in plan.classes.items()
                 if kind.takes_out(plan.sites[path])
             }

@@ -154,11 +154,20 @@ class Slot(nn.Cell):
         return False
 
     @classmethod
+    def beginning(cls, site: Site, fresh: Tensors | None) -> Tensors:
+        """What tells ``taken_out`` how the adapter began; made from the cell's whole weights.
+
+        Args:
+            fresh: what ``initial_tensors`` gave a fresh adapter; ``None`` for one of a file.
+        """
+        return cls.initial_tensors(site) if fresh is None else fresh
+
+    @classmethod
     def taken_out(cls, site: Site, initial: Tensors) -> Tensors:
         """What a fresh adapter takes out of the cell's parameters, by attribute, in float32.
 
         Args:
-            initial: what ``initial_tensors`` gave.
+            initial: what ``beginning`` gave.
         """
         return {}
 

@@ -30,7 +30,7 @@ from mindpeft.tuners.lora_conv import LoraConv1d, LoraConv2d, is_convolution
 from mindpeft.tuners.lora_init import as_ordinary, check_initialisation
 from mindpeft.tuners.lora_layers import LoraEmbedding, LoraLinear
 from mindpeft.tuners.lora_parameter import AdaptsParameters
-from mindpeft.tuners.lora_subconfigs import EvaConfig, sub_config
+from mindpeft.tuners.lora_subconfigs import EvaConfig, LoftQConfig, sub_config
 from mindpeft.tuners.targeted import TargetedConfig, check_count, check_number, check_rate
 from mindpeft.tuners.trainable_tokens import TrainsTokens
 
@@ -78,7 +78,9 @@ class LoraConfig(TrainsTokens, AdaptsParameters, TargetedConfig):
         init_lora_weights: ``True`` (B zero), ``False`` (both random), "gaussian" (A normal, std 1/r),
             "orthogonal"; "eva", which begins as ``True`` until ``initialize_lora_eva_weights`` is called with
             data; or "pissa", "pissa_niter_N" (a faster, rougher decomposition of N iterations) and "olora",
-            which take the fresh adapter out of the base model's weights while it is active.
+            which take the fresh adapter out of the base model's weights while it is active; or "loftq", which
+            quantises those weights while the adapter is active (see ``loftq_config``).
+        loftq_config: a ``LoftQConfig``, or its keys and values.
         eva_config: an ``EvaConfig``, or its keys and values.
         layers_to_transform: only these layer indices; needs a list of targets.
         layers_pattern: the name before the layer index.
@@ -112,7 +114,7 @@ class LoraConfig(TrainsTokens, AdaptsParameters, TargetedConfig):
     megatron_config: dict | None = None
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    loftq_config: dict = field(default_factory=dict)
+    loftq_config: dict | LoftQConfig = field(default_factory=dict)
     eva_config: dict | EvaConfig | None = None
     corda_config: dict | None = None
     lora_ga_config: dict | None = None
@@ -136,6 +138,7 @@ class LoraConfig(TrainsTokens, AdaptsParameters, TargetedConfig):
         super().__post_init__()
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
+        self._read_loftq()
         self.eva_config = sub_config("eva_config", self.eva_config, EvaConfig)
         if self.init_lora_weights == "eva" and self.eva_config is None:
             self.eva_config = EvaConfig()
@@ -145,13 +148,22 @@ class LoraConfig(TrainsTokens, AdaptsParameters, TargetedConfig):
         self._check_numbers()
         self._check_choices()
 
+    def _read_loftq(self) -> None:
+        if self.init_lora_weights != "loftq":
+            return
+        if not self.loftq_config:
+            raise InputError('init_lora_weights="loftq" needs loftq_config, such as {"loftq_bits": 4}')
+        self.loftq_config = sub_config("loftq_config", self.loftq_config, LoftQConfig)
+        if self.use_dora:
+            raise InputError('init_lora_weights="loftq" and use_dora can\'t be used together')
+
     def _check_extensions(self) -> None:
         defaults = {
             f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)
         }
         for key in _EXTENSIONS:
             value = getattr(self, key)
-            if key == "eva_config" and self.init_lora_weights == "eva":
+            if key == f"{self.init_lora_weights}_config":
                 continue
             if value not in (defaults[key], None, False) and value != {}:
                 raise InputError(
@@ -175,6 +187,8 @@ class LoraConfig(TrainsTokens, AdaptsParameters, TargetedConfig):
             raise InputError(
                 f"lora_bias needs init_lora_weights true or false, not {self.init_lora_weights!r}"
             )
+        if self.init_lora_weights == "loftq" and self.scaling_at("", self.r) != 1:
+            logger.warning("LoftQ corrects the weights for a scaling of 1, and lora_alpha is for another")
         if self.lora_bias and self.use_dora:
             raise InputError("lora_bias and use_dora can't be used together")
 
@@ -207,14 +221,19 @@ class LoraConfig(TrainsTokens, AdaptsParameters, TargetedConfig):
     def slot_class(self, cell: nn.Cell, path: str) -> type[TunerLayer]:
         if is_linear(cell):
             check_linear(cell, path, "LoRA")
-            if self.init_lora_weights == "olora" and is_transposed(cell):
+            if self.init_lora_weights in ("olora", "loftq") and is_transposed(cell):
                 raise InputError(
-                    f'init_lora_weights="olora" is not possible for {path!r}, whose weight is (in, out)'
+                    f"init_lora_weights={self.init_lora_weights!r} is not possible for {path!r}, whose "
+                    "weight is (in, out)"
                 )
             return DoraLinear if self.use_dora else LoraLinear
         if is_embedding(cell):
-            if self.lora_bias:
-                raise InputError(f"lora_bias is not possible for the embedding {path!r}")
+            for key, used in (
+                ("lora_bias", self.lora_bias),
+                ('init_lora_weights="loftq"', self.init_lora_weights == "loftq"),
+            ):
+                if used:
+                    raise InputError(f"{key} is not possible for the embedding {path!r}")
             return DoraEmbedding if self.use_dora else LoraEmbedding
         if is_convolution(cell):
             kind = LoraConv1d if isinstance(cell, nn.Conv1d) else LoraConv2d

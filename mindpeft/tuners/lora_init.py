@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 
 Pair = tuple[np.ndarray, np.ndarray]  # A (r, in) and B (out, r)
 
-_NAMES = ("gaussian", "eva", "pissa", "pissa_niter_4", "olora", "orthogonal")
+_NAMES = ("gaussian", "eva", "pissa", "pissa_niter_4", "olora", "loftq", "orthogonal")
 _UNSUPPORTED = {
-    "loftq": "it needs the quantisation kernels of bitsandbytes",
     "corda": "it needs covariances that only PEFT's preprocessing gathers",
     "lora_ga": "it needs gradients that only PEFT's preprocessing gathers",
 }
@@ -45,7 +44,7 @@ def check_initialisation(kind: bool | str) -> None:
 
 def takes_out(kind: bool | str) -> bool:
     """Whether that initialisation takes the fresh adapter out of the weight."""
-    return kind == "olora" or (isinstance(kind, str) and _PISSA.fullmatch(kind) is not None)
+    return kind in ("olora", "loftq") or (isinstance(kind, str) and _PISSA.fullmatch(kind) is not None)
 
 
 def random_pair(kind: bool | str, n_in: int, n_out: int, rank: int) -> Pair:
@@ -129,8 +128,13 @@ def as_ordinary(
         initial: path -> those it began with, of the cells whose weight they were taken out of.
 
     Raises:
-        InputError: the adapter is DoRA's, which is no sum.
+        InputError: the adapter is DoRA's, which is no sum, or LoftQ's.
     """
+    if config.init_lora_weights == "loftq":
+        raise InputError(
+            'an adapter with init_lora_weights="loftq" can\'t be converted: what quantisation lost has no '
+            "low rank; merge it, or give its readers the same base model"
+        )
     if config.use_dora:
         raise InputError(
             f"an adapter with use_dora and init_lora_weights={config.init_lora_weights!r} can't be converted"

@@ -27,6 +27,7 @@ from mindpeft.tuners.base import (
     weight_attribute,
     weight_matrix,
 )
+from mindpeft.tuners.loftq import has_rows, loftq
 from mindpeft.tuners.lora_init import pair_of_weight, random_pair, takes_out
 
 if TYPE_CHECKING:
@@ -82,7 +83,9 @@ class LoraLinear(LoraLayer):
             cls.rank_of(site),
             linear_features(site.cell),
         )
-        if takes_out(kind):
+        if kind == "loftq":
+            pair = cls.quantised(site)[1]
+        elif takes_out(kind):
             pair = pair_of_weight(kind, weight_matrix(site.cell), rank, cls.scaling_of(site))
         else:
             pair = random_pair(kind, n_in, n_out, rank)
@@ -92,7 +95,22 @@ class LoraLinear(LoraLayer):
         return {name: value.astype(np.float32) for name, value in values.items()}
 
     @classmethod
+    def quantised(cls, site: Site) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+        """LoftQ's weight (out, in), A and B."""
+        config, weight = site.config.loftq_config, weight_matrix(site.cell)
+        rows = has_rows(site.config.peft_version)
+        return loftq(weight, cls.rank_of(site), config.loftq_bits, config.loftq_iter, rows)
+
+    @classmethod
+    def beginning(cls, site: Site, fresh: Tensors | None) -> Tensors:
+        if site.config.init_lora_weights == "loftq":
+            return {"lost": weight_matrix(site.cell) - cls.quantised(site)[0]}
+        return super().beginning(site, fresh)
+
+    @classmethod
     def taken_out(cls, site: Site, initial: Tensors) -> Tensors:
+        if "lost" in initial:
+            return {"weight": initial["lost"]}
         product = cls.product(site, initial)
         return {"weight": product.T if is_transposed(site.cell) else product}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from mindpeft.errors import InputError, did_you_mean
-from mindpeft.tuners.targeted import check_number
+from mindpeft.tuners.targeted import check_choice, check_count, check_number
 
 SubConfig = TypeVar("SubConfig")
 
@@ -45,6 +45,26 @@ class EvaConfig:
         for key in ("use_label_mask", "whiten", "adjust_scaling_factors"):
             if not isinstance(getattr(self, key), bool):
                 raise InputError(f"eva_config.{key} must be true or false, not {getattr(self, key)!r}")
+
+
+@dataclass
+class LoftQConfig:
+    """How ``init_lora_weights="loftq"`` quantises.
+
+    Attributes:
+        loftq_bits: 2, 4 or 8. Hugging Face PEFT has 2 up to 0.18 only.
+        loftq_iter: how often the weight and the adapter are made in turn.
+
+    Raises:
+        InputError: a value is not allowed.
+    """
+
+    loftq_bits: int = 4
+    loftq_iter: int = 1
+
+    def __post_init__(self) -> None:
+        check_choice("loftq_config.loftq_bits", self.loftq_bits, (2, 4, 8))
+        check_count("loftq_config.loftq_iter", self.loftq_iter)
 
 
 def sub_config(key: str, value: Any, owner: type[SubConfig]) -> SubConfig | None:
