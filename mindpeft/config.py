@@ -122,6 +122,7 @@ class PeftConfig:
     # How the file's tensor names begin: those of cells (and of base parameters), and those that are shared.
     CELL_PREFIX: ClassVar[str] = "base_model.model."
     SHARED_PREFIX: ClassVar[str] = "base_model.model."
+    FORMERLY: ClassVar[tuple[str, ...]] = ()  # what earlier releases of PEFT called the method
     # Last parts of the names of the file's tensors that may hold whole numbers.
     WHOLE_NUMBERS: ClassVar[tuple[str, ...]] = ("num_batches_tracked",)
     # Names that ``peft.preset`` of a recipe can have, and the config classes whose defaults they stand for.
@@ -307,6 +308,9 @@ def config_class_of(peft_type: str) -> type[PeftConfig]:
     """
     import mindpeft.tuners  # noqa: F401  (fills the registry)
 
+    former = [config_class for config_class in _METHODS.values() if peft_type in config_class.FORMERLY]
+    if former:
+        return former[0]
     method = _member(PeftType, peft_type, "peft_type")
     if method not in _METHODS:
         supported = ", ".join(sorted(name.value for name in _METHODS))

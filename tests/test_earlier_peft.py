@@ -14,27 +14,27 @@ from tests.tuners.adapterhub import logits, make_base
 
 DATA = Path(__file__).parent / "tuners" / "data" / "peft_versions"
 FOLDERS = sorted(path for path in DATA.glob("*/*") if path.is_dir())
-# What cannot be computed any more, or not here, and why the reader is told so.
-REFUSED = {
-    ("0.7.1", "oft"): "",
-    ("0.10.0", "oft"): "",
-    ("0.12.0", "oft"): "",
-    ("0.14.0", "oft"): "",
-    ("0.14.0", "bone"): "",
-    ("0.16.0", "bone"): "",
-    ("0.18.1", "bone"): "",
+# OFT was another method until PEFT 0.16.
+REFUSED = {(release, "oft"): "" for release in ("0.7.1", "0.10.0", "0.12.0", "0.14.0")}
+# What no longer means what it did, and what is said of it.
+CHANGED = {
+    ("0.16.0", "oft"): "from PEFT before 0.18",
+    **{(release, "lokr"): "from PEFT before 0.14" for release in ("0.7.1", "0.10.0", "0.12.0")},
 }
+APPROXIMATE = {("0.16.0", "oft")}
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: f"{path.parent.name}-{path.name}")
-def test_logits_are_those_of_the_release(folder):
-    reason = REFUSED.get((folder.parent.name, folder.name))
+def test_logits_are_those_of_the_release(folder, caplog):
+    case = folder.parent.name, folder.name
+    reason = REFUSED.get(case)
     if reason is not None:
         with pytest.raises(InputError, match=reason):
             PeftModel.from_pretrained(make_base(), folder)
         return
     model = PeftModel.from_pretrained(make_base(), folder).set_train(False)
+    assert CHANGED.get(case, "") in caplog.text
     expected = load_file(folder.parent / "expected.safetensors")[folder.name]
     found = logits(model)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(found, expected, atol=0.2 if case in APPROXIMATE else 1e-5)
     assert np.abs(found - logits(make_base())).max() > 1e-4

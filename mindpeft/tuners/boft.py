@@ -93,6 +93,14 @@ class BOFTConfig(TargetedConfig):
             )
         check_rate("boft_dropout", self.boft_dropout)
 
+    def from_file(self, tensors: Tensors) -> Tensors:
+        """Without the permutations that PEFT before 0.14 saved too: of one factor, they permute nothing."""
+        permutations = {name for name in tensors if name.endswith(".boft_P")}
+        for name in sorted(permutations):
+            if not np.array_equal(tensors[name], np.eye(tensors[name].shape[-1])[None]):
+                raise InputError(f"{name!r} permutes columns, which no adapter of one butterfly factor does")
+        return {name: value for name, value in tensors.items() if name not in permutations}
+
     def slot_class(self, cell: nn.Cell, path: str) -> type[TunerLayer]:
         if isinstance(cell, nn.Conv2d):
             check_convolution(cell, path, "BOFT")

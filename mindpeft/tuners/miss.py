@@ -64,6 +64,7 @@ class MissConfig(TargetedConfig):
     bias: str = "none"
 
     METHOD: ClassVar[PeftType] = PeftType.MISS
+    FORMERLY: ClassVar[tuple[str, ...]] = ("BONE",)
     BIAS_ONLY = "MiSS_only"
 
     def __post_init__(self) -> None:
@@ -72,6 +73,9 @@ class MissConfig(TargetedConfig):
         check_count("mini_r", self.mini_r)
         check_rate("miss_dropout", self.miss_dropout)
         check_choice("init_weights", self.init_weights, (True, False, "bat", "mini"))
+
+    def from_file(self, tensors: Tensors) -> Tensors:
+        return {name.replace(".bone_block", ".miss_block"): value for name, value in tensors.items()}
 
     def slot_class(self, cell: nn.Cell, path: str) -> type[TunerLayer]:
         check_linear(cell, path, "MiSS", transposed=False)
