@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from mindpeft.adapter_files import own_name, sort_tensors, stray_names
+from mindpeft.adapter_files import own_name, shortened, sort_tensors, stray_names
 from mindpeft.config import PeftConfig
 from mindpeft.errors import InputError
 from mindpeft.parameters import Place
 from mindpeft.tuners.adapter import Adapter, Part
 from mindpeft.tuners.base import Tensors
 from mindpeft.tuners.plan import Plan
+
+logger = logging.getLogger(__name__)
 
 
 def files_of(
@@ -82,6 +85,13 @@ def values_of(
     slots = {names[path][leaf]: s for path, shapes in plan.shapes.items() for leaf, s in shapes.items()}
     required = plan.copies if plan.classes else sorted(plan.replaced)
     found, own = sort_tensors(tensors, slots, places, required)
+    lost = sorted(set(plan.selected) - own.keys() - set(required))
+    if lost:  # PEFT 0.8 to 0.14 trained biases that it did not save
+        logger.warning(
+            "the config has bias=%r, but the file lacks the trained values of %s: the base model's stay",
+            getattr(plan.config, "bias", None),
+            shortened(lost),
+        )
     values = {path: {leaf: found[name] for leaf, name in leaves.items()} for path, leaves in names.items()}
     for path, kind in plan.classes.items():
         kind.check_values(plan.sites[path], values[path])
