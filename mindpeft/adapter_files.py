@@ -150,7 +150,11 @@ def read_tensors(folder: str | os.PathLike, config: PeftConfig) -> dict[str, np.
         InputError: no weights file, a damaged one, or tensors of something that is no adapter of a cell.
     """
     with _opened(folder, config) as (checkpoint, names):
-        return {short: checkpoint[name].numpy() for short, name in names.items()}
+        tensors = {short: checkpoint[name].numpy() for short, name in names.items()}
+    try:
+        return config.from_file(tensors)
+    except InputError as error:
+        raise InputError(f"{weights_file(folder)}: {error}") from error
 
 
 def tensor_shapes(folder: str | os.PathLike, config: PeftConfig) -> dict[str, tuple[int, ...]]:

@@ -163,6 +163,20 @@ class PeftConfig:
             peft_version: of the PEFT that wrote it; ``None`` where the file does not say, as before 0.18.
         """
 
+    def from_file(self, tensors: Tensors) -> Tensors:
+        """The adapter's tensors, by the names of ``in_file`` without their prefixes, from a file's.
+
+        For methods whose files hold something twice, or in another form.
+
+        Raises:
+            InputError: the file contradicts itself.
+        """
+        return tensors
+
+    def in_file(self, tensors: Tensors) -> Tensors:
+        """What a file holds for these tensors, names as in the file: the reverse of ``from_file``."""
+        return tensors
+
     def slot_classes(self, base: BaseModel) -> dict[str, type[Slot]]:
         """The class of the slot at each place that the method changes, by path; "" is the model itself."""
         return {}

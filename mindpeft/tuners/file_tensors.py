@@ -57,7 +57,8 @@ def _file_of(
             cells[stray] = own[key] if is_own else overrides[key]
     config = config.for_file(written)
     shared = {config.SHARED_PREFIX + leaf: value for leaf, value in written.get("", {}).items()}
-    return config, shared | {config.CELL_PREFIX + name: value for name, value in cells.items()}
+    named = {config.CELL_PREFIX + name: value for name, value in cells.items()}
+    return config, config.in_file(shared | named)
 
 
 def values_of(
