@@ -30,6 +30,7 @@ from mindpeft.tuners.oft import OFTConfig as OFTConfig
 from mindpeft.tuners.p_tuning import PromptEncoderConfig as PromptEncoderConfig
 from mindpeft.tuners.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
 from mindpeft.tuners.prompt_tuning import PromptTuningConfig as PromptTuningConfig
+from mindpeft.tuners.randlora import RandLoraConfig as RandLoraConfig
 from mindpeft.tuners.road import RoadConfig as RoadConfig
 from mindpeft.tuners.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from mindpeft.tuners.vera import VeraConfig as VeraConfig
