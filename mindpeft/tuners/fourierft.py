@@ -31,7 +31,7 @@ from mindpeft.tuners.base import (
 )
 from mindpeft.tuners.targeted import TargetedConfig, check_count, check_number
 
-_MOST_PLACES = (2**32 - 1) // 20  # from there on torch draws larger numbers
+MOST_PLACES = (2**32 - 1) // 20  # from there on torch draws larger numbers
 
 
 @register_method
@@ -88,9 +88,9 @@ class FourierFTConfig(TargetedConfig):
         count, places = self.count(path), int(np.prod(linear_features(cell)))
         if count > places:
             raise InputError(f"n_frequency={count} is more than {path!r} has places for, which is {places}")
-        if places >= _MOST_PLACES:
+        if places >= MOST_PLACES:
             raise InputError(
-                f"FourierFT can't wrap {path!r}: it has {places} weights, which must be under {_MOST_PLACES}"
+                f"FourierFT can't wrap {path!r}: it has {places} weights, which must be under {MOST_PLACES}"
             )
         return FourierFTLinear
 
