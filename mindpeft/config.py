@@ -64,6 +64,7 @@ class PeftType(str, Enum):
     P_TUNING = "P_TUNING"
     RANDLORA = "RANDLORA"
     ROAD = "ROAD"
+    SHIRA = "SHIRA"
     TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
     VERA = "VERA"
 

@@ -32,5 +32,6 @@ from mindpeft.tuners.prefix_tuning import PrefixTuningConfig as PrefixTuningConf
 from mindpeft.tuners.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from mindpeft.tuners.randlora import RandLoraConfig as RandLoraConfig
 from mindpeft.tuners.road import RoadConfig as RoadConfig
+from mindpeft.tuners.shira import ShiraConfig as ShiraConfig
 from mindpeft.tuners.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from mindpeft.tuners.vera import VeraConfig as VeraConfig
