@@ -47,6 +47,7 @@ class PeftType(str, Enum):
     BITFIT = "BITFIT"
     BOFT = "BOFT"
     BOTTLENECK = "BOTTLENECK"
+    C3A = "C3A"
     DIFF_PRUNING = "DIFF_PRUNING"
     FOURIERFT = "FOURIERFT"
     FREEZE = "FREEZE"
