@@ -48,6 +48,7 @@ class PeftType(str, Enum):
     BOFT = "BOFT"
     BOTTLENECK = "BOTTLENECK"
     C3A = "C3A"
+    DELORA = "DELORA"
     DIFF_PRUNING = "DIFF_PRUNING"
     FOURIERFT = "FOURIERFT"
     FREEZE = "FREEZE"

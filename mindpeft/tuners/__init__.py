@@ -15,6 +15,7 @@ from mindpeft.tuners.bottleneck import ScaledParBnConfig as ScaledParBnConfig
 from mindpeft.tuners.bottleneck import SeqBnConfig as SeqBnConfig
 from mindpeft.tuners.bottleneck import SeqBnInvConfig as SeqBnInvConfig
 from mindpeft.tuners.c3a import C3AConfig as C3AConfig
+from mindpeft.tuners.delora import DeloraConfig as DeloraConfig
 from mindpeft.tuners.diff_pruning import DiffPruningConfig as DiffPruningConfig
 from mindpeft.tuners.fourierft import FourierFTConfig as FourierFTConfig
 from mindpeft.tuners.freeze import FullConfig as FullConfig
