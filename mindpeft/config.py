@@ -53,6 +53,7 @@ class PeftType(str, Enum):
     FOURIERFT = "FOURIERFT"
     FREEZE = "FREEZE"
     FULL = "FULL"
+    GRALORA = "GRALORA"
     HRA = "HRA"
     IA3 = "IA3"
     LN_TUNING = "LN_TUNING"
