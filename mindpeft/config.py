@@ -70,6 +70,7 @@ class PeftType(str, Enum):
     SHIRA = "SHIRA"
     TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
     VERA = "VERA"
+    WAVEFT = "WAVEFT"
 
 
 class TaskType(str, Enum):

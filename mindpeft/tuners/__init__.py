@@ -38,3 +38,4 @@ from mindpeft.tuners.road import RoadConfig as RoadConfig
 from mindpeft.tuners.shira import ShiraConfig as ShiraConfig
 from mindpeft.tuners.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from mindpeft.tuners.vera import VeraConfig as VeraConfig
+from mindpeft.tuners.waveft import WaveFTConfig as WaveFTConfig
