@@ -1,7 +1,7 @@
-"""(IA)3: one trained factor for each feature of a linear cell's output, or of a feed-forward cell's input.
+"""(IA)3: one trained factor for each feature of a cell's output, or of a feed-forward cell's input.
 
 Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning":
-y = l * (W x + b), or y = W (l * x) + b.
+y = l * (W x + b), or y = W (l * x) + b. A convolution's features are its channels.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from mindpeft.tuners.base import (
     Tensors,
     TunerLayer,
     check_linear,
+    is_linear,
     is_transposed,
     linear_features,
+    refuse_cell,
 )
 from mindpeft.tuners.targeted import TargetedConfig, check_expression, name_set
 
@@ -113,8 +115,13 @@ class IA3Config(TargetedConfig):
         return path.endswith(tuple(self.feedforward_modules))
 
     def slot_class(self, cell: nn.Cell, path: str) -> type[TunerLayer]:
+        on_input = self.is_feedforward(path)
+        if isinstance(cell, nn.Conv2d | nn.Conv3d):
+            return IA3ConvInput if on_input else IA3ConvOutput
+        if not is_linear(cell):
+            raise refuse_cell(cell, path, "(IA)3", "linear cells, nn.Conv2d and nn.Conv3d")
         check_linear(cell, path, "(IA)3")
-        return IA3Input if self.is_feedforward(path) else IA3Output
+        return IA3Input if on_input else IA3Output
 
 
 class IA3Layer(TunerLayer):
@@ -165,3 +172,45 @@ class IA3Input(IA3Layer):
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         return self.base_layer(self.scaled(x))
+
+
+class Channels(IA3Layer):
+    """Factors (1, channels, 1, 1) for a convolution of images, (1, channels, 1, 1, 1) for one of volumes."""
+
+    CHANNELS: ClassVar[str]
+
+    @classmethod
+    def tensor_shapes(cls, site: Site) -> Shapes:
+        axes = site.cell.weight.ndim - 2
+        return {"ia3_l": (1, getattr(site.cell, cls.CHANNELS), *(1 for _ in range(axes)))}
+
+    def scaled(self, x: ms.Tensor) -> ms.Tensor:
+        factors = ops.tile(self.ia3_l, (x.shape[0], 1, *x.shape[2:]))
+        return self.unless_off(ops.cast(ops.cast(x, self.slot_dtype) * factors, x.dtype), x)
+
+
+class IA3ConvOutput(Channels, IA3Output):
+    """Factors on the channels of a convolution's output, bias included."""
+
+    CHANNELS = "out_channels"
+
+    @classmethod
+    def merged(cls, site: Site, weights: Tensors, tensors: Tensors, shared: Tensors | None = None) -> Tensors:
+        factors = tensors["ia3_l"]
+        changed = {"weight": weights["weight"] * np.swapaxes(factors, 0, 1)}
+        if "bias" in weights:
+            changed["bias"] = weights["bias"] * factors.reshape(-1)
+        return changed
+
+
+class IA3ConvInput(Channels, IA3Input):
+    """Factors on the channels of a convolution's input."""
+
+    CHANNELS = "in_channels"
+
+    @classmethod
+    def merged(cls, site: Site, weights: Tensors, tensors: Tensors, shared: Tensors | None = None) -> Tensors:
+        weight, groups = weights["weight"], site.cell.group
+        factors = tensors["ia3_l"].reshape(groups, -1)  # each group of outputs sees inputs of its own
+        factors = np.repeat(factors, len(weight) // groups, axis=0)
+        return {"weight": weight * factors.reshape(*factors.shape, *(1 for _ in weight.shape[2:]))}
