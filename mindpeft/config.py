@@ -69,6 +69,7 @@ class PeftType(str, Enum):
     ROAD = "ROAD"
     SHIRA = "SHIRA"
     TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
+    VBLORA = "VBLORA"
     VERA = "VERA"
     WAVEFT = "WAVEFT"
 

@@ -37,5 +37,6 @@ from mindpeft.tuners.randlora import RandLoraConfig as RandLoraConfig
 from mindpeft.tuners.road import RoadConfig as RoadConfig
 from mindpeft.tuners.shira import ShiraConfig as ShiraConfig
 from mindpeft.tuners.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+from mindpeft.tuners.vblora import VBLoRAConfig as VBLoRAConfig
 from mindpeft.tuners.vera import VeraConfig as VeraConfig
 from mindpeft.tuners.waveft import WaveFTConfig as WaveFTConfig
