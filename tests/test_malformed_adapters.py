@@ -217,11 +217,15 @@ ODD = ["x", "(", [], [1], ["("], [None], {}, {"x": "y"}, {"(": 1}, -1, 10**30, H
 # What a method needs besides its defaults, to suit a model this small.
 SMALL = {
     "ADALORA": {"total_step": 100},
+    "C3A": {"block_size": 4},
     "DIFF_PRUNING": {"kept": {}},
     "FOURIERFT": {"n_frequency": 10},
     "MISS": {"r": 4},
     "ROAD": {"group_size": 8},
+    "SHIRA": {"r": 2},
     "TRAINABLE_TOKENS": {"target_modules": ["word_embeddings"]},
+    "VBLORA": {"vector_length": 4},
+    "WAVEFT": {"n_frequency": 10},
 }
 
 
