@@ -7,7 +7,7 @@ holds the lengths of the weight's columns when the adapter was made.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import mindspore as ms
@@ -82,6 +82,9 @@ class DeloraConfig(TargetedConfig):
         for key, value in {"delora_lambda": self.delora_lambda, **strengths}.items():
             check_number(key, value)
         check_rate("module_dropout", self.module_dropout)
+
+    def roomy(self, slot_rank: int) -> DeloraConfig:
+        return replace(self, r=slot_rank, rank_pattern={})
 
     def slot_class(self, cell: nn.Cell, path: str) -> type[TunerLayer]:
         check_linear(cell, path, "DeLoRA", transposed=False)

@@ -57,9 +57,7 @@ def test_switching(twins):
 def test_a_fresh_adapter_learns(twins):
     """B is zero then: its length must neither stop nor spoil the gradient, spare ranks' included."""
     config = DELORA.ours(target_modules=["query"], init_weights=True)
-    model = get_peft_model(twins.make_model(), config)
-    model.add_adapter("wide", DELORA.ours(target_modules=["query"], r=6))
-    model.set_adapter("default")
+    model = get_peft_model(twins.make_model(), config, slot_rank=6)
     np.testing.assert_allclose(twins.logits(model), check.base_logits(twins), atol=1e-6)
     parameters = model.trainable_params()
     ids, labels = Tensor(twins.IDS), Tensor(check.LABELS, ms.int32)
