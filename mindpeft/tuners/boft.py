@@ -6,6 +6,7 @@ factor: y = s * (W (x R)) + b, where each block of R is (I - S) (I + S)^-1 with 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,8 +17,25 @@ from mindspore import nn, ops
 from mindpeft.config import PeftType, register_method
 from mindpeft.errors import InputError
 from mindpeft.ops.columns import every_row, scale_columns
-from mindpeft.tuners.base import Shapes, Site, Tensors, TunerLayer, check_linear, linear_features, original
-from mindpeft.tuners.orthogonal import BlockRotation, TurnedBlocks, block_diagonal, cayley, cayley_of
+from mindpeft.tuners.base import (
+    Shapes,
+    Site,
+    Tensors,
+    TunerLayer,
+    check_linear,
+    is_linear,
+    original,
+    refuse_cell,
+)
+from mindpeft.tuners.orthogonal import (
+    BlockRotation,
+    TurnedBlocks,
+    TurnedKernel,
+    block_diagonal,
+    cayley,
+    cayley_of,
+    check_convolution,
+)
 from mindpeft.tuners.targeted import TargetedConfig, check_count, check_rate
 
 
@@ -76,12 +94,22 @@ class BOFTConfig(TargetedConfig):
         check_rate("boft_dropout", self.boft_dropout)
 
     def slot_class(self, cell: nn.Cell, path: str) -> type[TunerLayer]:
-        check_linear(cell, path, "BOFT", transposed=False)
+        if isinstance(cell, nn.Conv2d):
+            check_convolution(cell, path, "BOFT")
+        elif not is_linear(cell):
+            raise refuse_cell(cell, path, "BOFT", "linear cells with (out, in) weights and nn.Conv2d")
+        else:
+            check_linear(cell, path, "BOFT", transposed=False)
         key = "boft_block_num" if self.boft_block_num else "boft_block_size"
-        width, divisor = linear_features(cell)[0], getattr(self, key)
+        width, divisor = turned_width(cell), getattr(self, key)
         if width % divisor:
             raise InputError(f"{key}={divisor} does not divide the width of {path!r}, which is {width}")
-        return BOFTLinear
+        return BOFTConv2d if isinstance(cell, nn.Conv2d) else BOFTLinear
+
+
+def turned_width(cell: nn.Cell) -> int:
+    """How many columns are turned: the numbers that a row of the weight holds."""
+    return math.prod(cell.weight.shape[1:])
 
 
 class BOFTLinear(TurnedBlocks):
@@ -96,7 +124,7 @@ class BOFTLinear(TurnedBlocks):
 
     @classmethod
     def tensor_shapes(cls, site: Site) -> Shapes:
-        width, n_out = linear_features(site.cell)
+        width, n_out = turned_width(site.cell), site.cell.weight.shape[0]
         blocks = site.config.boft_block_num or width // site.config.boft_block_size
         size = width // blocks
         return {"boft_R": (1, blocks, size, size), "boft_s": (n_out, 1)}
@@ -116,7 +144,7 @@ class BOFTLinear(TurnedBlocks):
     def rotation(cls, site: Site, tensors: Tensors) -> np.ndarray:
         value = tensors["boft_R"][0]
         matrices = cayley_of((value - value.transpose(0, 2, 1)) / 2)
-        return block_diagonal(matrices, linear_features(site.cell)[0])
+        return block_diagonal(matrices, turned_width(site.cell))
 
     @classmethod
     def merged(cls, site: Site, weights: Tensors, tensors: Tensors, shared: Tensors | None = None) -> Tensors:
@@ -141,3 +169,21 @@ class BOFTLinear(TurnedBlocks):
             bias = ops.cast(self.cell.bias, self.slot_dtype)
             scaled = scaled + every_row(bias * (1.0 - factors), scaled)
         return ops.cast(scaled, result.dtype)
+
+
+class BOFTConv2d(TurnedKernel, BOFTLinear):
+    """A (1, blocks, size, size) and s (1, out) of a convolution; the factors are the weight's alone."""
+
+    @classmethod
+    def tensor_shapes(cls, site: Site) -> Shapes:
+        shapes = super().tensor_shapes(site)
+        return {**shapes, "boft_s": shapes["boft_s"][::-1]}
+
+    @classmethod
+    def merged(cls, site: Site, weights: Tensors, tensors: Tensors, shared: Tensors | None = None) -> Tensors:
+        return super().merged(site, weights, {**tensors, "boft_s": tensors["boft_s"].T}, shared)
+
+    def turned_rows(self, rows: ms.Tensor) -> ms.Tensor:
+        matrices = self.dropped(self.blocks())
+        turned = self.rotate(rows, ops.transpose(matrices, (0, 2, 1)))
+        return turned * ops.tile(self.boft_s.reshape((-1, 1)), (1, rows.shape[1]))

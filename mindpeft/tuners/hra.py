@@ -19,7 +19,6 @@ import numpy as np
 from mindspore import nn, ops
 
 from mindpeft.config import PeftType, register_method
-from mindpeft.errors import InputError
 from mindpeft.ops.linear import linear
 from mindpeft.tuners.base import (
     Shapes,
@@ -30,10 +29,9 @@ from mindpeft.tuners.base import (
     is_linear,
     kaiming_uniform,
     linear_features,
-    original,
     refuse_cell,
 )
-from mindpeft.tuners.orthogonal import TurnedInput
+from mindpeft.tuners.orthogonal import TurnedInput, TurnedKernel, check_convolution
 from mindpeft.tuners.targeted import TargetedConfig, check_count
 
 logger = logging.getLogger(__name__)
@@ -81,7 +79,7 @@ class HRAConfig(TargetedConfig):
 
     def slot_class(self, cell: nn.Cell, path: str) -> type[TunerLayer]:
         if isinstance(cell, nn.Conv2d):
-            check_convolution(cell, path)
+            check_convolution(cell, path, "HRA")
             return HRAConv2d
         if not is_linear(cell):
             raise refuse_cell(cell, path, "HRA", "linear cells with (out, in) weights and nn.Conv2d")
@@ -155,59 +153,14 @@ class HRALinear(TurnedInput):
         return x - linear(linear(seen, middle), u).reshape(x.shape)
 
 
-class HRAConv2d(HRALinear):
+class HRAConv2d(TurnedKernel, HRALinear):
     """U (in * height * width of the kernel, r) of a convolution."""
-
-    def __init__(self, base_layer: nn.Cell, *slot: Any) -> None:
-        super().__init__(base_layer, *slot)
-        cell = original(base_layer)
-        self.shape = cell.weight.shape
-        inner = base_layer
-        while isinstance(inner, TunerLayer) and not isinstance(inner, HRAConv2d):
-            inner = inner.base_layer
-        self.innermost = inner is cell
-        object.__setattr__(self, "inner", inner)  # no child: it is one already, further inside
-        self.convolution = ops.Conv2D(
-            cell.out_channels, cell.kernel_size, pad_mode=cell.pad_mode, pad=cell.padding, stride=cell.stride
-        )
 
     @classmethod
     def tensor_shapes(cls, site: Site) -> Shapes:
         return {"hra_u": (math.prod(site.cell.weight.shape[1:]), site.config.r)}
 
-    @classmethod
-    def merged(cls, site: Site, weights: Tensors, tensors: Tensors, shared: Tensors | None = None) -> Tensors:
-        weight = weights["weight"]
-        rows = weight.reshape(len(weight), -1) @ cls.rotation(site, tensors).T
-        return {"weight": rows.reshape(weight.shape)}
-
-    def inner_rows(self) -> ms.Tensor:
-        """The weight, (out, in * height * width), as this layer finds it; runs inside a graph."""
-        if self.innermost:
-            return ops.cast(self.inner.weight, self.slot_dtype).reshape((self.shape[0], -1))
-        return self.inner.rows()
-
-    def rows(self) -> ms.Tensor:
-        """The weight with this layer's reflections; runs inside a graph."""
-        rows = self.inner_rows()
+    def turned_rows(self, rows: ms.Tensor) -> ms.Tensor:
         u, middle = self.chain()
         seen = self.from_right(self.from_right(rows, u), middle)
-        return self.unless_off(rows - linear(seen, u), rows)
-
-    def construct(self, x: ms.Tensor) -> ms.Tensor:
-        # What the weight changes by acts beside the cell: layers of other methods inside keep their share.
-        result = self.base_layer(x)
-        change = (self.rows() - self.inner_rows()).reshape(self.shape)
-        update = self.convolution(ops.cast(x, self.slot_dtype), change)
-        return ops.cast(ops.cast(result, self.slot_dtype) + update, result.dtype)
-
-
-def check_convolution(cell: nn.Conv2d, path: str) -> None:
-    """Raise ``InputError`` for a convolution that PEFT's HRA takes for another one."""
-    padding = cell.padding if isinstance(cell.padding, tuple) else (cell.padding,)
-    uneven = any(len(set(sides)) > 1 for sides in (cell.kernel_size, cell.stride, padding))
-    if cell.group > 1 or uneven or set(cell.dilation) != {1}:
-        raise InputError(
-            f"HRA can't wrap {path!r}: convolutions must have a square kernel, one stride and padding, no "
-            "groups and no dilation"
-        )
+        return rows - linear(seen, u)

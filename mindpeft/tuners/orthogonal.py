@@ -9,9 +9,10 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
 
+from mindpeft.errors import InputError
 from mindpeft.ops.attention import MergeHeads, SplitHeads
 from mindpeft.ops.linear import linear
-from mindpeft.tuners.base import Shapes, Site, Tensors, TunerLayer
+from mindpeft.tuners.base import Shapes, Site, Tensors, TunerLayer, original
 
 _MOST_GROUPS = 32  # of columns that are turned apart from each other
 
@@ -38,6 +39,65 @@ class TurnedInput(TunerLayer):
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         return self.base_layer(self.turned_input(x))
+
+
+class TurnedKernel(TurnedInput):
+    """A convolution whose weight is turned, each output's inputs and kernel in one row.
+
+    Layers of such methods inside are turned further. What layers of other methods inside add is not: those
+    act beside it, whatever their order.
+    """
+
+    def __init__(self, base_layer: nn.Cell, *slot: Any) -> None:
+        super().__init__(base_layer, *slot)
+        cell = original(base_layer)
+        self.shape = cell.weight.shape
+        inner = base_layer
+        while isinstance(inner, TunerLayer) and not isinstance(inner, TurnedKernel):
+            inner = inner.base_layer
+        self.innermost = inner is cell
+        object.__setattr__(self, "inner", inner)  # no child: it is one already, further inside
+        self.convolution = ops.Conv2D(
+            cell.out_channels, cell.kernel_size, pad_mode=cell.pad_mode, pad=cell.padding, stride=cell.stride
+        )
+
+    @classmethod
+    def merged(cls, site: Site, weights: Tensors, tensors: Tensors, shared: Tensors | None = None) -> Tensors:
+        weight = weights["weight"]
+        rows = {"weight": weight.reshape(len(weight), -1)}
+        return {"weight": super().merged(site, rows, tensors, shared)["weight"].reshape(weight.shape)}
+
+    def turned_rows(self, rows: ms.Tensor) -> ms.Tensor:
+        """The weight (out, in * height * width) turned; runs inside a graph."""
+        raise NotImplementedError
+
+    def inner_rows(self) -> ms.Tensor:
+        """The weight as this layer finds it; runs inside a graph."""
+        if self.innermost:
+            return ops.cast(self.inner.weight, self.slot_dtype).reshape((self.shape[0], -1))
+        return self.inner.rows()
+
+    def rows(self) -> ms.Tensor:
+        """The weight as this layer leaves it; runs inside a graph."""
+        rows = self.inner_rows()
+        return self.unless_off(self.turned_rows(rows), rows)
+
+    def construct(self, x: ms.Tensor) -> ms.Tensor:
+        result = self.base_layer(x)
+        change = (self.rows() - self.inner_rows()).reshape(self.shape)
+        update = self.convolution(ops.cast(x, self.slot_dtype), change)
+        return ops.cast(ops.cast(result, self.slot_dtype) + update, result.dtype)
+
+
+def check_convolution(cell: nn.Conv2d, path: str, method: str) -> None:
+    """Raise ``InputError`` for a convolution that PEFT's method takes for another one."""
+    padding = cell.padding if isinstance(cell.padding, tuple) else (cell.padding,)
+    uneven = any(len(set(sides)) > 1 for sides in (cell.kernel_size, cell.stride, padding))
+    if cell.group > 1 or uneven or set(cell.dilation) != {1}:
+        raise InputError(
+            f"{method} can't wrap {path!r}: convolutions must have a square kernel, one stride and padding, "
+            "no groups and no dilation"
+        )
 
 
 class BlockRotation(nn.Cell):

@@ -1,4 +1,4 @@
-"""HRA on convolutions against torch + peft on a small net with equal weights."""
+"""HRA and BOFT on convolutions against torch + peft on a small net with equal weights."""
 
 from __future__ import annotations
 
@@ -9,15 +9,23 @@ import pytest
 import torch
 from mindspore import Tensor, nn
 
-from mindpeft import HRAConfig, LoraConfig, PeftModel, get_peft_model
+from mindpeft import BOFTConfig, HRAConfig, LoraConfig, PeftModel, get_peft_model
 from mindpeft.errors import InputError
 from mindpeft.parameters import base_places
 from tests.tuners.against_peft import check_files, randomise
 from tests.tuners.test_lora_conv import answer, answer_of_torch, check_gradients, make_net
 
 OPTIONS = {
-    "pairs": {"target_modules": ["square", "point", "head"], "r": 4, "bias": "hra_only"},
-    "gram_schmidt": {"target_modules": ["square", "point"], "r": 3, "apply_GS": True},
+    "HRA": ("HRAConfig", {"target_modules": ["square", "point", "head"], "r": 4, "bias": "hra_only"}),
+    "HRA, orthogonal": ("HRAConfig", {"target_modules": ["square", "point"], "r": 3, "apply_GS": True}),
+    "BOFT": (
+        "BOFTConfig",
+        {"target_modules": ["square", "point"], "boft_block_size": 6, "bias": "boft_only"},
+    ),
+    "BOFT, by number": (
+        "BOFTConfig",
+        {"target_modules": ["square"], "boft_block_size": 0, "boft_block_num": 4},
+    ),
 }
 
 
@@ -66,7 +74,9 @@ def graph_mode():
 @pytest.mark.parametrize("name", OPTIONS)
 def test_reading(tmp_path, name):
     torch.manual_seed(2)
-    theirs = peft.PeftModel(make_torch_square(), peft.HRAConfig(init_weights=False, **OPTIONS[name])).eval()
+    method, options = OPTIONS[name]
+    config = getattr(peft, method)(init_weights=False, **options)
+    theirs = peft.PeftModel(make_torch_square(), config).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     ours = PeftModel.from_pretrained(make_square(), tmp_path / "theirs", is_trainable=True)
     expected = answer_of_torch(theirs.get_base_model())
@@ -86,13 +96,13 @@ def test_reading(tmp_path, name):
 
 
 def test_several_at_once_are_what_their_merge_is():
-    """Two adapters of HRA with one of LoRA between them, all on one convolution."""
+    """HRA and BOFT, with LoRA between them, all on one convolution."""
     ms.set_context(mode=ms.PYNATIVE_MODE)
     ms.set_seed(0)
-    hra = {"target_modules": ["square"], "init_weights": False}
-    model = get_peft_model(make_square(), HRAConfig(r=2, **hra), "one")
+    options = {"target_modules": ["square"], "init_weights": False}
+    model = get_peft_model(make_square(), HRAConfig(r=2, **options), "one")
     model.add_adapter("lora", LoraConfig(target_modules=["square"]))
-    model.add_adapter("two", HRAConfig(r=3, **hra))
+    model.add_adapter("two", BOFTConfig(boft_block_size=6, **options))
     model.set_adapter("lora")
     randomise(model)
     model.set_adapter(["one", "two"])
@@ -106,10 +116,9 @@ def test_several_at_once_are_what_their_merge_is():
     np.testing.assert_allclose(answer(model), alone, atol=1e-5)
 
 
+@pytest.mark.parametrize("config", [HRAConfig, BOFTConfig])
 @pytest.mark.parametrize("name", ["wide", "grouped", "line"])
-def test_other_convolutions_are_refused(name):
-    message = (
-        "HRA can't wrap .*(must have a square kernel, one stride|supported: linear cells .* and nn.Conv2d)"
-    )
+def test_other_convolutions_are_refused(name, config):
+    message = "can't wrap .*(must have a square kernel, one stride|supported: linear cells .* and nn.Conv2d)"
     with pytest.raises(InputError, match=message):
-        get_peft_model(make_net(), HRAConfig(target_modules=[name]))
+        get_peft_model(make_net(), config(target_modules=[name]))
