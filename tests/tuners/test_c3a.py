@@ -15,6 +15,8 @@ from mindpeft.tuners.c3a import C3AConfig
 from tests.parity.cases.c3a import WRONG, TrueGradient
 from tests.tuners import against_peft as check
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 C3A = check.Method("C3AConfig", {"block_size": 8, "init_weights": "gaussian"}, noise=0.3)
 OPTIONS = {
     "default_targets": {"bias": "c3a_only"},
@@ -24,13 +26,6 @@ OPTIONS = {
         "task_type": "SEQ_CLS",
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -12,6 +12,8 @@ from mindpeft.errors import InputError
 from mindpeft.tuners.delora import DeloraConfig
 from tests.tuners import against_peft as check
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 DELORA = check.Method("DeloraConfig", {"init_weights": False, "delora_lambda": 2.0, "r": 4})
 OPTIONS = {
     "default_targets": {"bias": "delora_only"},
@@ -23,13 +25,6 @@ OPTIONS = {
         "task_type": "SEQ_CLS",
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

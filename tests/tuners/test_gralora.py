@@ -12,6 +12,8 @@ from mindpeft.errors import InputError
 from mindpeft.tuners.gralora import GraloraConfig
 from tests.tuners import against_peft as check
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 GRALORA = check.Method("GraloraConfig", {"init_weights": False, "r": 4, "alpha": 6})
 OPTIONS = {
     "default_targets": {"bias": "gralora_only", "gralora_k": 4},
@@ -23,13 +25,6 @@ OPTIONS = {
     },
     "conv1d": {"target_modules": ["c_attn"]},
 }
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

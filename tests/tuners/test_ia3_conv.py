@@ -15,18 +15,13 @@ from mindpeft.tuners.ia3 import IA3Config
 from tests.tuners.against_peft import check_files
 from tests.tuners.test_lora_conv import answer, answer_of_torch, check_gradients, make_net, make_torch
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 TARGETS = {"target_modules": ["wide", "grouped", "point", "head"]}
 OPTIONS = {
     "outputs": {**TARGETS, "feedforward_modules": []},
     "inputs": {**TARGETS, "feedforward_modules": ["wide", "grouped"]},
 }
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

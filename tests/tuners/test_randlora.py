@@ -12,6 +12,8 @@ from mindpeft.errors import InputError
 from mindpeft.tuners.randlora import RandLoraConfig
 from tests.tuners import against_peft as check
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 RANDLORA = check.Method("RandLoraConfig", {"r": 3, "randlora_alpha": 6}, noise=0.05)
 OPTIONS = {
     "widths_differ": {"target_modules": ["intermediate", "output.dense", "query"], "r": 5},
@@ -19,13 +21,6 @@ OPTIONS = {
     "bias": {"target_modules": ["query", "intermediate"], "bias": "randlora_only", "task_type": "SEQ_CLS"},
     "layers": {"target_modules": ["dense"], "layers_to_transform": [1], "very_sparse": True},
 }
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -13,18 +13,13 @@ from mindpeft.errors import InputError
 from mindpeft.tuners.shira import ShiraConfig
 from tests.tuners import against_peft as check
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 SHIRA = check.Method("ShiraConfig", {"r": 2}, noise=0.3)
 OPTIONS = {
     "default_targets": {"random_seed": 4},
     "widths_differ": {"target_modules": ["intermediate", "dense"], "r": 3, "task_type": "SEQ_CLS"},
 }
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -15,6 +15,8 @@ from mindpeft.parameters import base_places
 from tests.tuners.against_peft import check_files, randomise
 from tests.tuners.test_lora_conv import answer, answer_of_torch, check_gradients, make_net
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 OPTIONS = {
     "HRA": ("HRAConfig", {"target_modules": ["square", "point", "head"], "r": 4, "bias": "hra_only"}),
     "HRA, orthogonal": ("HRAConfig", {"target_modules": ["square", "point"], "r": 3, "apply_GS": True}),
@@ -62,13 +64,6 @@ def make_square():
     for name, place in base_places(net).items():
         place.write(state[name].numpy())
     return net
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

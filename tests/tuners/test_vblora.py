@@ -14,6 +14,8 @@ from mindpeft.errors import InputError
 from mindpeft.tuners.vblora import VBLoRAConfig
 from tests.tuners import against_peft as check
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 _FIRST = "encoder.layer.0.attention"  # PEFT finds the bank there before it finds the model's own name of it
 VBLORA = check.Method(
     "VBLoRAConfig",
@@ -32,13 +34,6 @@ OPTIONS = {
     },
     "conv1d": {"target_modules": ["c_attn"], "vector_length": 8, "topk": 1},
 }
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -17,6 +17,8 @@ from mindpeft.errors import InputError
 from mindpeft.tuners.waveft import FAMILIES, WaveFTConfig, coefficient_places, low_pass, synthesis
 from tests.tuners import against_peft as check
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 WAVEFT = check.Method("WaveFTConfig", {"n_frequency": 20, "scaling": 3.0, "init_weights": False}, noise=0.1)
 OPTIONS = {
     "default_targets": {"bias": "waveft_only"},
@@ -31,13 +33,6 @@ OPTIONS = {
     "conv1d": {"target_modules": ["c_attn"], "use_idwt": False},
     "proportional": {"target_modules": ["query", "intermediate"], "proportional_parameters": True},
 }
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
