@@ -110,7 +110,7 @@ class OFTConfig(TargetedConfig):
         if version < (0, 18) and terms > 2:
             logger.warning(
                 "the adapter is from PEFT before 0.18, where use_cayley_neumann with %d terms ended in "
-                "2 Q^%d; as in PEFT since, it ends in Q^%d here: answers differ slightly from those then",
+                "2 Q^%d; as in PEFT since, it ends in Q^%d here: answers differ from those then",
                 terms,
                 terms - 1,
                 last_power(terms),
