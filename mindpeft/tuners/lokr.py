@@ -6,8 +6,10 @@ D = kron(C1, C2) with C1 (p, m), C2 (k, n) for a weight (p k, m n).
 
 from __future__ import annotations
 
+import logging
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import mindspore as ms
@@ -20,6 +22,8 @@ from mindpeft.ops.linear import linear
 from mindpeft.tuners.base import Shapes, Site, Tensors, TunerLayer, kaiming_uniform
 from mindpeft.tuners.lycoris import LycorisConfig, LycorisConvolution, LycorisLayer, is_convolution, rebuilt
 from mindpeft.tuners.targeted import check_choice
+
+logger = logging.getLogger(__name__)
 
 _matmul = ops.MatMul()
 _batch_matmul = ops.BatchMatMul()
@@ -53,6 +57,17 @@ class LoKrConfig(LycorisConfig):
         factor = self.decompose_factor
         if type(factor) is not int or (factor != -1 and factor < 1):
             raise InputError(f"decompose_factor must be -1 or a positive integer, not {factor!r}")
+
+    def as_written(self, values: Mapping[str, Any]) -> LoKrConfig:
+        if "rank_dropout_scale" in values:
+            return self
+        if self.alpha != self.r or self.alpha_pattern:
+            logger.warning(
+                "the adapter is from PEFT before 0.14, whose LoKr took no notice of alpha: it is opened with "
+                "alpha equal to r (PEFT since opens it with alpha=%s)",
+                self.alpha,
+            )
+        return replace(self, alpha=self.r, alpha_pattern=dict(self.rank_pattern))
 
     def slot_class(self, cell: nn.Cell, path: str) -> type[TunerLayer]:
         return LoKrConvolution if is_convolution(cell, path, "LoKr") else LoKrLinear

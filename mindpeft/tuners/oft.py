@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -104,8 +104,8 @@ class OFTConfig(TargetedConfig):
         if self.coft:
             raise InputError("coft=True is not supported; only unconstrained OFT is (leave it at False)")
 
-    def check_origin(self, peft_version: str | None) -> None:
-        version = tuple(map(int, re.findall(r"\d+", peft_version or "")[:2]))
+    def as_written(self, values: Mapping[str, Any]) -> OFTConfig:
+        version = tuple(map(int, re.findall(r"\d+", str(values.get("peft_version", "")))[:2]))
         terms = series_terms(self)
         if version < (0, 18) and terms > 2:
             logger.warning(
@@ -115,6 +115,7 @@ class OFTConfig(TargetedConfig):
                 terms - 1,
                 last_power(terms),
             )
+        return self
 
     def slot_class(self, cell: nn.Cell, path: str) -> type[TunerLayer]:
         if is_embedding(cell):
