@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from pathlib import Path
@@ -42,6 +42,7 @@ class PeftType(str, Enum):
 
     LORA = "LORA"
     ADALORA = "ADALORA"
+    ADAPTER_FUSION = "ADAPTER_FUSION"
     ADAPTION_PROMPT = "ADAPTION_PROMPT"
     BEFT = "BEFT"
     BITFIT = "BITFIT"
@@ -196,6 +197,14 @@ class PeftConfig:
 
         Args:
             wrapped: the paths that ``slot_classes`` gave.
+        """
+        return []
+
+    def frozen_parts(self, earlier: Sequence[PeftConfig]) -> list[int]:
+        """Which of the parts before it in a hybrid stay frozen, by their numbers.
+
+        Raises:
+            InputError: the method can't follow these parts.
         """
         return []
 

@@ -1,6 +1,7 @@
 """The methods, one file each; importing this package registers them all. A method is one line here."""
 
 from mindpeft.tuners.adalora import AdaLoraConfig as AdaLoraConfig
+from mindpeft.tuners.adapter_fusion import AdapterFusionConfig as AdapterFusionConfig
 from mindpeft.tuners.beft import BeftConfig as BeftConfig
 from mindpeft.tuners.bitfit import BitFitConfig as BitFitConfig
 from mindpeft.tuners.boft import BOFTConfig as BOFTConfig

@@ -7,7 +7,7 @@ and Roth 2024, "Adapters Strike Back" (Adapter+). Computed as AdapterHub's `adap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar
@@ -20,7 +20,7 @@ from mindpeft.ops.activations import ACTIVATIONS
 from mindpeft.ops.dropout import dropout
 from mindpeft.ops.linear import linear
 from mindpeft.ops.normalization import layer_norm
-from mindpeft.tuners.base import Shapes, Site, Tensors, kaiming_uniform
+from mindpeft.tuners.base import Shapes, Site, Slot, Tensors, kaiming_uniform
 from mindpeft.tuners.half_layers import HalfLayer, hidden_size, layer_of
 
 DOWN, UP, SCALING = "adapter_down", "adapter_up", "adapter_scaling"
@@ -146,6 +146,9 @@ class BottleneckLayer(HalfLayer):
         # Columns of zeros in the up-projection would be trained: sigmoid, say, is not 0 at 0.
         return room == shapes
 
+    def take_in(self, slots: Sequence[Slot]) -> None:
+        self.role, self.acts = None, True  # until a fusion further out takes it, whose label is its role then
+
     def configure(self, config: Any, trainable: bool) -> bool:
         rates = {"dropout": config.dropout, "row_dropout": config.stochastic_depth}
         changed = {key: rate for key, rate in rates.items() if trainable and getattr(self, key).p != rate}
@@ -157,6 +160,8 @@ class BottleneckLayer(HalfLayer):
 
     def states(self, x: ms.Tensor, residual: ms.Tensor, norm_last: bool) -> tuple:
         plain, hidden, result = self.inner_states(x, residual, norm_last)
+        if not self.acts:
+            return plain, hidden, result
         adapted = self.adapt(hidden, residual)
         total = self.left(adapted, plain, residual, norm_last)
         if not (self.is_first and self.is_additive and norm_last):
@@ -192,6 +197,10 @@ class BottleneckLayer(HalfLayer):
             gate = ops.sigmoid(linear(x, self.gate.weight, self.gate.bias))  # (batch, tokens, 1)
             update = scale_rows(update, gate.mean(1))
         return update
+
+    def updates(self, x: ms.Tensor, fusion: str) -> tuple:
+        found = self.inner_updates(x, fusion)
+        return (*found, self.projected(x)) if self.role == fusion else found
 
     def projected(self, x: ms.Tensor) -> ms.Tensor:
         """Down, activation, up, scaling, for an input in the slot's dtype."""
