@@ -55,7 +55,9 @@ class PeftType(str, Enum):
     FREEZE = "FREEZE"
     FULL = "FULL"
     GRALORA = "GRALORA"
+    GATED_LORA = "GATED_LORA"
     HRA = "HRA"
+    HUB_PREFIX = "HUB_PREFIX"
     IA3 = "IA3"
     LN_TUNING = "LN_TUNING"
     LOHA = "LOHA"
@@ -85,6 +87,32 @@ class TaskType(str, Enum):
     QUESTION_ANS = "QUESTION_ANS"
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
+
+# Names that ``peft.preset`` of a recipe can have without a method, and the parts of those hybrids.
+HYBRID_PRESETS: Mapping[str, list[dict[str, Any]]] = {
+    # He et al. 2021, "Towards a Unified View of Parameter-Efficient Transfer Learning": mix and match.
+    "mam": [
+        {
+            "method": "hub_prefix",
+            "num_virtual_tokens": 30,
+            "prefix_projection": True,
+            "encoder_hidden_size": 800,
+        },
+        {"method": "bottleneck", "preset": "par_bn"},
+    ],
+    # Mao et al. 2022.
+    "unipelt": [
+        {
+            "method": "hub_prefix",
+            "num_virtual_tokens": 10,
+            "prefix_projection": True,
+            "encoder_hidden_size": 512,
+            "use_gating": True,
+        },
+        {"method": "bottleneck", "preset": "seq_bn", "use_gating": True},
+        {"method": "gated_lora", "r": 8},
+    ],
+}
 
 # The heads that an adapter for a task trains and saves besides its own tensors.
 TASK_HEADS = {

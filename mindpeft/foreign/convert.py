@@ -11,10 +11,11 @@ from mindpeft.adapter_files import HYBRID_INDEX, read_adapter, read_tensors, wri
 from mindpeft.config import CONFIG_NAME, PeftConfig
 from mindpeft.errors import InputError
 from mindpeft.files import atomic_folder, read_json
+from mindpeft.foreign.adapterhub import import_adapter
 from mindpeft.foreign.lora import write_lora
 from mindpeft.foreign.mindformers import read_mindformers
 from mindpeft.foreign.mlx import is_mlx, read_mlx
-from mindpeft.tuners.adapterhub_files import export_adapterhub, import_adapterhub
+from mindpeft.tuners.adapterhub_files import export_adapterhub
 from mindpeft.tuners.adapterhub_fusion import export_fusion, import_fusion, is_fusion
 from mindpeft.tuners.targeted import check_choice
 
@@ -144,7 +145,7 @@ def _rewritten(source: Path, output: Path, base_model: str | None) -> Conversion
 
 def _from_adapterhub(source: Path, output: Path, prefix: str) -> Conversion:
     with atomic_folder(output) as folder:
-        (import_fusion if is_fusion(source) else import_adapterhub)(source, folder, prefix)
+        (import_fusion if is_fusion(source) else import_adapter)(source, folder, prefix)
         return Conversion("adapterhub", "peft", *_method_and_count(folder))
 
 

@@ -21,8 +21,10 @@ from mindpeft.tuners.diff_pruning import DiffPruningConfig as DiffPruningConfig
 from mindpeft.tuners.fourierft import FourierFTConfig as FourierFTConfig
 from mindpeft.tuners.freeze import FullConfig as FullConfig
 from mindpeft.tuners.freeze import LayerFreezingConfig as LayerFreezingConfig
+from mindpeft.tuners.gated_lora import GatedLoraConfig as GatedLoraConfig
 from mindpeft.tuners.gralora import GraloraConfig as GraloraConfig
 from mindpeft.tuners.hra import HRAConfig as HRAConfig
+from mindpeft.tuners.hub_prefix import HubPrefixConfig as HubPrefixConfig
 from mindpeft.tuners.ia3 import IA3Config as IA3Config
 from mindpeft.tuners.ln_tuning import LNTuningConfig as LNTuningConfig
 from mindpeft.tuners.loha import LoHaConfig as LoHaConfig

@@ -93,23 +93,36 @@ def read_adapterhub(folder: str | os.PathLike, prefix: str = "") -> tuple[Bottle
         InputError: files are missing or damaged, or hold something else than a bottleneck adapter.
     """
     folder = Path(folder)
-    content = read_json(folder / CONFIG_NAME)
-    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
-        raise InputError(f'{folder / CONFIG_NAME} is not from AdapterHub: it has no "config" with keys')
+    content = read_content(folder)
     try:
-        weights = read_weights(folder, WEIGHT_NAMES)
-        config = _read_config(content, any(map(INVERTIBLE.fullmatch, weights)))
-        tensors = names_here(weights, config.ln_before, prefix)
-        if config.phm_layer and (config.shared_phm_rule or config.shared_W_phm) and _has_no_shared(tensors):
-            raise InputError(
-                "the file lacks the tensors that all layers share; the library leaves them out when it "
-                "saves from a model without a head, so save from one with a head"
-            )
+        config, tensors = read_bottleneck(content, read_weights(folder, WEIGHT_NAMES), prefix)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from error
     head = read_head(folder)
     config.modules_to_save = sorted({name.rpartition(".")[0] for name in head}) or None
     return config, tensors | head
+
+
+def read_content(folder: Path, name: str = CONFIG_NAME) -> dict[str, Any]:
+    """The library's config of a folder with what is around it."""
+    content = read_json(folder / name)
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+        raise InputError(f'{folder / name} is not from AdapterHub: it has no "config" with keys')
+    return content
+
+
+def read_bottleneck(
+    content: Mapping[str, Any], weights: Tensors, prefix: str
+) -> tuple[BottleneckConfig, Tensors]:
+    """The config and the tensors by their names here, of the library's; see ``read_adapterhub``."""
+    config = _read_config(content, any(map(INVERTIBLE.fullmatch, weights)))
+    tensors = names_here(weights, config.ln_before, prefix)
+    if config.phm_layer and (config.shared_phm_rule or config.shared_W_phm) and _has_no_shared(tensors):
+        raise InputError(
+            "the file lacks the tensors that all layers share; the library leaves them out when it "
+            "saves from a model without a head, so save from one with a head"
+        )
+    return config, tensors
 
 
 def _read_config(content: Mapping[str, Any], is_invertible: bool) -> BottleneckConfig:

@@ -19,9 +19,9 @@ import numpy as np
 from mindpeft.adapter_files import part_folders, read_adapter, shortened, write_adapter
 from mindpeft.config import PeftConfig
 from mindpeft.errors import InputError
-from mindpeft.files import read_json, write_json
+from mindpeft.files import write_json
 from mindpeft.tuners.adapter_fusion import FIRST_TEMPERATURE, TEMPERATURE, AdapterFusionConfig
-from mindpeft.tuners.adapterhub_files import HEAD_CONFIG_NAME, read_adapterhub, write_adapterhub
+from mindpeft.tuners.adapterhub_files import HEAD_CONFIG_NAME, read_adapterhub, read_content, write_adapterhub
 from mindpeft.tuners.adapterhub_names import (
     FORMAT_VERSION,
     HEAD_NAMES,
@@ -82,9 +82,7 @@ def import_fusion(source: str | os.PathLike, folder: str | os.PathLike, prefix: 
 
 def read_fusion(folder: Path, prefix: str = "") -> tuple[AdapterFusionConfig, Tensors]:
     """Read the fusion alone, without its adapters; see ``import_fusion``."""
-    content = read_json(folder / FUSION_CONFIG_NAME)
-    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
-        raise InputError(f'{folder / FUSION_CONFIG_NAME} has no "config" with keys')
+    content = read_content(folder, FUSION_CONFIG_NAME)
     try:
         tensors = _names_here(read_weights(folder, FUSION_WEIGHT_NAMES), prefix)
         names = content.get("adapter_names") or content.get("name")

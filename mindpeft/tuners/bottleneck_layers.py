@@ -21,6 +21,7 @@ from mindpeft.ops.dropout import dropout
 from mindpeft.ops.linear import linear
 from mindpeft.ops.normalization import layer_norm
 from mindpeft.tuners.base import Shapes, Site, Slot, Tensors, kaiming_uniform
+from mindpeft.tuners.gates import row_gates, scale_rows
 from mindpeft.tuners.half_layers import HalfLayer, hidden_size, layer_of
 
 DOWN, UP, SCALING = "adapter_down", "adapter_up", "adapter_scaling"
@@ -194,8 +195,7 @@ class BottleneckLayer(HalfLayer):
         x = ops.cast(x, self.slot_dtype)
         update = self.dropout(self.projected(x))
         if self.use_gating:
-            gate = ops.sigmoid(linear(x, self.gate.weight, self.gate.bias))  # (batch, tokens, 1)
-            update = scale_rows(update, gate.mean(1))
+            update = scale_rows(update, row_gates(x, self.gate.weight, self.gate.bias))
         return update
 
     def updates(self, x: ms.Tensor, fusion: str) -> tuple:
@@ -231,11 +231,6 @@ class BottleneckLayer(HalfLayer):
         if not self.training or self.row_dropout.p == 0.0:
             return update
         return scale_rows(update, self.row_dropout(ops.ones((update.shape[0], 1), update.dtype)))
-
-
-def scale_rows(x: ms.Tensor, factors: ms.Tensor) -> ms.Tensor:
-    """``x`` (batch, ...) with each row of the batch multiplied by its factor; factors are (batch, 1)."""
-    return x * ops.tile(factors, (1, x.size // x.shape[0])).reshape(x.shape)
 
 
 def truncated_normal(random: Any, shape: tuple[int, ...], deviation: float) -> np.ndarray:

@@ -71,6 +71,10 @@ def logits(model: ms.nn.Cell) -> np.ndarray:
 
 def name_here(key: str) -> str:
     """A parameter's name in the library as it is here."""
+    key = re.sub(r".*prefix_tunings\.\w+\.self_prefix\.control_trans", "prompt_embeddings", key)
+    key = re.sub(r"prefix_tuning\.prefix_gates\.\w+", "prefix_gate", key)
+    key = re.sub(r"(loras\.\w+)\.gate", r"\1.lora_gate", key)
+    key = re.sub(r"loras\.\w+\.(lora_[AB])", r"\1.weight", re.sub(r"loras\.\w+\.lora_gate", "lora_gate", key))
     key = re.sub(r"adapter_fusion_layer\.[^.]+", "adapter_fusion", key)
     key = re.sub(r"invertible_adapters\.\w+\.(\w)\.0", r"embeddings.\1.first", key)
     key = re.sub(r"invertible_adapters\.\w+\.(\w)\.2", r"embeddings.\1.last", key)
