@@ -84,7 +84,9 @@ def _shares(config: Mapping[str, Any], weights: Tensors) -> list[tuple[Mapping[s
     if not isinstance(configs, list) or not configs or not all(isinstance(c, dict) for c in configs):
         raise InputError("a union must have configs, a list of objects")
     kinds = [found.get("architecture") for found in configs]
-    if len(set(map(str, kinds))) < len(kinds):
+    if not all(isinstance(kind, str | None) for kind in kinds):
+        raise InputError(f"the architectures of a union must be text, not {kinds}")
+    if len(set(kinds)) < len(kinds):
         raise InputError("a union of several adapters of one method can't be told apart by their tensors")
     taken = {
         "lora": {name for name in weights if _LORA.fullmatch(name)},
@@ -107,7 +109,7 @@ def _part(keys: Mapping[str, Any], weights: Tensors, content: Mapping[str, Any],
     kind = keys.get("architecture")
     if kind is None:  # a bottleneck adapter
         return read_bottleneck({**content, "config": dict(keys)}, weights, prefix)
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise InputError(f"adapters of the architecture {kind!r} have no equal; lora and prefix_tuning have")
     return kinds[kind](keys, weights, base_keys(content), prefix)
 
@@ -148,8 +150,8 @@ def _lora(keys: Mapping[str, Any], weights: Tensors, about: Mapping[str, Any], p
 def _ia3(
     cells: Mapping[str, Tensors], keys: Mapping[str, Any], gated: bool, about: Mapping[str, Any]
 ) -> Part:
-    if gated:
-        raise InputError("(IA)3 with use_gating has no equal in PEFT")
+    if gated or keys["r"] != 1:
+        raise InputError("(IA)3 with use_gating, or with another r than 1, has no equal in PEFT")
     config = IA3Config(target_modules=sorted(cells), feedforward_modules=[], **about)
     alpha = np.float32(keys["alpha"])
     # Outputs are multiplied everywhere, that of the widening projection too.
@@ -214,10 +216,14 @@ def _control(leaves: Tensors, keys: Mapping[str, Any]) -> np.ndarray:
     kind = str(keys.get("non_linearity", "tanh")).lower()
     check_choice("non_linearity", kind, NON_LINEARITIES)
     words, (first, first_bias, last, last_bias) = leaves["wte.weight"], (leaves[name] for name in layers)
-    if words.shape[-1:] != first.shape[1:] or last.shape[1:] != first.shape[:1]:
+    found = [value.shape for value in (words, first, first_bias, last, last_bias)]
+    if not all(found):
+        raise InputError("the prefix's tensors must have axes, but one is a single number")
+    count, width, inner, result = words.shape[0], words.shape[-1], first.shape[0], last.shape[0]
+    if found != [(count, width), (inner, width), (inner,), (result, inner), (result,)]:
         raise InputError("the layers of the prefix's MLP don't fit together")
-    inner = NON_LINEARITIES[kind]()(ms.Tensor(words @ first.T + first_bias)).asnumpy()
-    return inner @ last.T + last_bias
+    hidden = NON_LINEARITIES[kind]()(ms.Tensor(words @ first.T + first_bias)).asnumpy()
+    return hidden @ last.T + last_bias
 
 
 def _matched(weights: Tensors, pattern: re.Pattern) -> dict[str, re.Match]:
