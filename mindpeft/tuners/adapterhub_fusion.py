@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from mindpeft.adapter_files import part_folders, read_adapter, shortened, write_adapter
+from mindpeft.adapter_files import is_plain_name, part_folders, read_adapter, shortened, write_adapter
 from mindpeft.config import PeftConfig
 from mindpeft.errors import InputError
 from mindpeft.files import write_json
-from mindpeft.tuners.adapter_fusion import FIRST_TEMPERATURE, TEMPERATURE, AdapterFusionConfig
+from mindpeft.tuners.adapter_fusion import AdapterFusionConfig
 from mindpeft.tuners.adapterhub_files import HEAD_CONFIG_NAME, read_adapterhub, read_content, write_adapterhub
 from mindpeft.tuners.adapterhub_names import (
     FORMAT_VERSION,
@@ -32,6 +32,7 @@ from mindpeft.tuners.adapterhub_names import (
     write_weights,
 )
 from mindpeft.tuners.base import Tensors
+from mindpeft.tuners.fusion_layers import FIRST_TEMPERATURE, TEMPERATURE
 from mindpeft.tuners.half_layers import follows_attention
 
 FUSION_CONFIG_NAME = "adapter_fusion_config.json"
@@ -66,7 +67,7 @@ def import_fusion(source: str | os.PathLike, folder: str | os.PathLike, prefix: 
     config, tensors = read_fusion(source, prefix)
     parts: list[tuple[PeftConfig, Tensors]] = []
     for name in config.adapter_names:
-        if Path(name).name != name or not (source.parent / name).is_dir():
+        if not is_plain_name(name) or not (source.parent / name).is_dir():
             raise InputError(f"{source} mixes the adapter {name!r}, but there is no folder of it beside it")
         own, weights = read_adapterhub(source.parent / name, prefix)
         heads = tuple(f"{head}." for head in own.modules_to_save or ())
@@ -138,6 +139,9 @@ def export_fusion(source: str | os.PathLike, folder: str | os.PathLike, **about:
             f"{source} is of {found} in {len(part_folders(source))} parts, but ends in no fusion"
         )
     fusion.frozen_parts(mixed)
+    odd = [name for name in fusion.adapter_names if not is_plain_name(name) or "," in name]
+    if odd:
+        raise InputError(f"{odd[0]!r} can't name an adapter in AdapterHub's format: it names a folder")
     folder, name = Path(folder), ",".join(fusion.adapter_names)
     for adapter, config, values in zip(fusion.adapter_names, mixed, tensors, strict=False):
         write_adapterhub(folder / adapter, config, values, adapter, **about)

@@ -152,6 +152,14 @@ def test_convert_adapter_takes_fusions_both_ways(tmp_path):
         convert_adapter(tmp_path / "hybrid", tmp_path / "out", to="adapterhub")
 
 
+def test_odd_names_of_adapters_are_refused(tmp_path):
+    model = fresh([SeqBnConfig(), AdapterFusionConfig(adapter_names=["../a"])])
+    model.save_pretrained(tmp_path / "ours")
+    with pytest.raises(InputError, match=r"'\.\./a' can't name an adapter"):
+        export_fusion(tmp_path / "ours", tmp_path / "theirs")
+    assert not (tmp_path / "a").exists()
+
+
 def copied(tmp_path, change=None, rename=None):
     """A stored fusion with changes, beside its adapters."""
     for name in ("seq_bn", "norms"):
@@ -175,6 +183,8 @@ def copied(tmp_path, change=None, rename=None):
         ({"change": {"config": {"value": "yes"}}}, "value must be true or false"),
         ({"change": {"adapter_names": ["seq_bn", "other"]}}, "no folder of it beside it"),
         ({"change": {"adapter_names": ["seq_bn", "../norms"]}}, "no folder of it beside it"),
+        ({"change": {"adapter_names": ["seq_bn", "n" * 300]}}, "no folder of it beside it"),
+        ({"change": {"adapter_names": [1, {}]}}, "adapter_names must be a list of names"),
         ({"change": {"adapter_names": ["seq_bn", "seq_bn"]}}, "must be different names"),
         ({"rename": lambda key: key.replace("0.output", "0.attention.output")}, "mh_adapter must be the"),
         ({"rename": lambda key: key.replace("query", "dense")}, "of no AdapterFusion"),
