@@ -121,7 +121,7 @@ def part_folders(folder: str | os.PathLike) -> list[Path]:
         return [folder]
     index = read_json(folder / HYBRID_INDEX)
     names = index.get("parts") if isinstance(index, dict) else None
-    if not isinstance(names, list) or not names or not all(_is_plain(name) for name in names):
+    if not isinstance(names, list) or not names or not all(is_plain_name(name) for name in names):
         raise InputError(
             f'{folder / HYBRID_INDEX} must be {{"parts": [...]}} with the names of folders beside it'
         )
@@ -130,7 +130,8 @@ def part_folders(folder: str | os.PathLike) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _is_plain(name: Any) -> bool:
+def is_plain_name(name: Any) -> bool:
+    """Whether something from a file may name a file or folder beside it."""
     if not isinstance(name, str) or name in ("", ".", "..") or len(os.fsencode(name)) > _LONGEST_NAME:
         return False
     return "\0" not in name and PurePosixPath(name).name == name and PureWindowsPath(name).name == name

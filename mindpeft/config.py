@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from pathlib import Path
@@ -42,6 +42,7 @@ class PeftType(str, Enum):
 
     LORA = "LORA"
     ADALORA = "ADALORA"
+    ADAPTER_FUSION = "ADAPTER_FUSION"
     ADAPTION_PROMPT = "ADAPTION_PROMPT"
     BEFT = "BEFT"
     BITFIT = "BITFIT"
@@ -54,7 +55,9 @@ class PeftType(str, Enum):
     FREEZE = "FREEZE"
     FULL = "FULL"
     GRALORA = "GRALORA"
+    GATED_LORA = "GATED_LORA"
     HRA = "HRA"
+    HUB_PREFIX = "HUB_PREFIX"
     IA3 = "IA3"
     LN_TUNING = "LN_TUNING"
     LOHA = "LOHA"
@@ -84,6 +87,32 @@ class TaskType(str, Enum):
     QUESTION_ANS = "QUESTION_ANS"
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
+
+# Names that ``peft.preset`` of a recipe can have without a method, and the parts of those hybrids.
+HYBRID_PRESETS: Mapping[str, list[dict[str, Any]]] = {
+    # He et al. 2021, "Towards a Unified View of Parameter-Efficient Transfer Learning": mix and match.
+    "mam": [
+        {
+            "method": "hub_prefix",
+            "num_virtual_tokens": 30,
+            "prefix_projection": True,
+            "encoder_hidden_size": 800,
+        },
+        {"method": "bottleneck", "preset": "par_bn"},
+    ],
+    # Mao et al. 2022.
+    "unipelt": [
+        {
+            "method": "hub_prefix",
+            "num_virtual_tokens": 10,
+            "prefix_projection": True,
+            "encoder_hidden_size": 512,
+            "use_gating": True,
+        },
+        {"method": "bottleneck", "preset": "seq_bn", "use_gating": True},
+        {"method": "gated_lora", "r": 8},
+    ],
+}
 
 # The heads that an adapter for a task trains and saves besides its own tensors.
 TASK_HEADS = {
@@ -197,6 +226,14 @@ class PeftConfig:
 
         Args:
             wrapped: the paths that ``slot_classes`` gave.
+        """
+        return []
+
+    def frozen_parts(self, earlier: Sequence[PeftConfig]) -> list[int]:
+        """Which of the parts before it in a hybrid stay frozen, by their numbers.
+
+        Raises:
+            InputError: the method can't follow these parts.
         """
         return []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mindspore import nn
 
@@ -16,6 +16,9 @@ from mindpeft.status import AdapterReports
 from mindpeft.tuners.bank import AdapterBank
 from mindpeft.tuners.base import Slot
 from mindpeft.tuners.hooks import TrainingHook
+
+if TYPE_CHECKING:
+    from mindpeft.tuners.adapter_fusion import AdapterFusionConfig
 
 
 class PeftModel(AdapterReports, nn.Cell):
@@ -234,6 +237,27 @@ class PeftModel(AdapterReports, nn.Cell):
         adapter_files.check_adapter_name(adapter_name)
         recipe = Recipe(combination_type, svd_rank, svd_clamp, density, majority_sign_method)
         add_weighted_adapter(self._bank, adapters, weights, adapter_name, recipe)
+
+    def add_fusion_adapter(
+        self, adapters: Sequence[str], adapter_name: str, peft_config: AdapterFusionConfig | None = None
+    ) -> None:
+        """Add a hybrid of copies of bottleneck adapters and a fresh AdapterFusion that mixes them.
+
+        It does not become the active one. The copies are frozen unless ``train_adapters``; heads of theirs
+        are left behind, so give the fusion a ``task_type`` or ``modules_to_save`` if it needs one.
+
+        Args:
+            adapters: names of bottleneck adapters, the one that decides on norms and residual last.
+            adapter_name: a new name.
+            peft_config: default: AdapterHub's "dynamic" fusion; what it says of the adapters is filled in.
+
+        Raises:
+            InputError: an unknown name, an adapter of another method, or a name that is taken.
+        """
+        from mindpeft.tuners.fusing import add_fusion_adapter
+
+        adapter_files.check_adapter_name(adapter_name)
+        add_fusion_adapter(self._bank, adapters, adapter_name, peft_config)
 
     # Merging ----------------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ def read_methods(section: Any, task_type: str | None, because: str) -> list[Peft
     """The configs that a ``peft`` section means, one for each method.
 
     Args:
-        section: a mapping, or a list of such for a hybrid.
+        section: a mapping, or a list of such for a hybrid, or the preset of one alone.
         task_type: the one that fits the data.
         because: what it follows from, for the message.
 
@@ -38,9 +38,22 @@ def read_methods(section: Any, task_type: str | None, because: str) -> list[Peft
         InputError: an unknown method or key, or a bad value.
     """
     methods = section if isinstance(section, list) else [section]
+    if isinstance(section, dict) and "preset" in section and not section.keys() & {"method", "peft_type"}:
+        methods = _hybrid_preset(section)
     if not methods or not all(isinstance(values, dict) for values in methods):
         raise InputError("peft must be a mapping with the key method, or a list of such mappings")
     return [_read_method(values, task_type, because) for values in methods]
+
+
+def _hybrid_preset(section: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The parts of the hybrid that a preset alone means."""
+    from mindpeft.config import HYBRID_PRESETS
+
+    check_choice("peft.preset", section["preset"], HYBRID_PRESETS)
+    if len(section) > 1:
+        more = ", ".join(f"peft.{key}" for key in section if key != "preset")
+        raise InputError(f"{more} can't go with the preset of a hybrid; write its parts out as a list")
+    return HYBRID_PRESETS[section["preset"]]
 
 
 def _read_method(section: Mapping[str, Any], task_type: str | None, because: str) -> PeftConfig:

@@ -21,7 +21,7 @@ from typing import Any
 import adapters
 import torch
 import transformers
-from adapters.composition import Stack
+from adapters.composition import Fuse, Stack
 from safetensors.torch import save_file
 
 SIZES = {  # those of tests/models/reference.py
@@ -76,7 +76,48 @@ CASES: dict[str, Any] = {
         original_ln_before=False, original_ln_after=False, residual_before_ln=False, leave_out=[1]
     ),
 }
-WITH_HEAD = ("seq_bn", "par_bn")
+# Those of methods that Hugging Face PEFT has too, and those that mix several methods.
+PREFIX = {"prefix_length": 3, "bottleneck_size": 5}
+OTHERS: dict[str, Any] = {
+    "lora": adapters.LoRAConfig(r=4, alpha=6, leave_out=[1]),
+    "lora_all": adapters.LoRAConfig(
+        r=3, alpha=2, attn_matrices=["q", "k", "v"], intermediate_lora=True, output_lora=True
+    ),
+    "lora_gated": adapters.LoRAConfig(r=2, use_gating=True),
+    "ia3": adapters.IA3Config(),
+    "ia3_scaled": adapters.IA3Config(alpha=2, output_lora=True, attn_matrices=["q", "v"]),
+    "prefix": adapters.PrefixTuningConfig(**PREFIX),
+    "prefix_flat": adapters.PrefixTuningConfig(flat=True, prefix_length=2),
+    "prefix_gated": adapters.PrefixTuningConfig(
+        flat=True, prefix_length=2, use_gating=True, shared_gating=False
+    ),
+    "mam": adapters.MAMConfig(
+        adapters.PrefixTuningConfig(**PREFIX), adapters.ParBnConfig(reduction_factor=12)
+    ),
+    "unipelt": adapters.UniPELTConfig(
+        adapters.PrefixTuningConfig(flat=True, prefix_length=3),
+        adapters.SeqBnConfig(reduction_factor=12),
+        adapters.LoRAConfig(r=2, alpha=2),
+    ),
+}
+WITH_HEAD = ("seq_bn", "par_bn", "lora", "unipelt")
+# Mixtures of adapters by attention: the adapters, and the config of the mixture.
+VALUE_ALONE = {**adapters.DynamicAdapterFusionConfig().to_dict(), "key": False, "query": False}
+ODD = {
+    **adapters.DynamicAdapterFusionConfig().to_dict(),
+    "query": False,
+    "query_before_ln": True,
+    "residual_before": True,
+    "temperature": True,
+    "value_before_softmax": False,
+    "value_initialized": False,
+}
+FUSIONS: dict[str, tuple[tuple[str, ...], Any]] = {
+    "fusion_dynamic": (("seq_bn", "norms"), "dynamic"),
+    "fusion_parallel": (("gated", "par_bn"), "static"),
+    "fusion_odd": (("leave_out", "no_norm", "seq_bn"), ODD),
+    "fusion_value": (("per_layer", "norms_inside", "double_seq_bn"), VALUE_ALONE),
+}
 SAFETENSORS = ("seq_bn", "double_seq_bn", "scaled_par_bn", "compacter")  # the others in torch's own format
 # Adapters that act one after the other.
 STACKS = {
@@ -115,7 +156,7 @@ def make_batch() -> dict[str, torch.Tensor]:
 
 def add_adapter(model: torch.nn.Module, name: str, number: int) -> None:
     """Add an adapter with random numbers."""
-    model.add_adapter(name, config=CASES[name])
+    model.add_adapter(name, config={**CASES, **OTHERS}[name])
     torch.manual_seed(100 + number)
     own = [(key, value) for key, value in model.named_parameters() if f".{name}." in key]
     randomise(own, 0.3)
@@ -124,15 +165,40 @@ def add_adapter(model: torch.nn.Module, name: str, number: int) -> None:
 def run_case(model: torch.nn.Module, name: str, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What is expected of one adapter, computed in float64; the model has been trained afterwards."""
     model.train_adapter(name)
+    model.classifier.requires_grad_(name in WITH_HEAD)
+    return run_training(model, batch)
+
+
+def add_fusion(model: torch.nn.Module, name: str) -> Fuse:
+    """Add some adapters and a mixture of them with random numbers."""
+    names, config = FUSIONS[name]
+    for adapter in names:
+        add_adapter(model, adapter, list(CASES).index(adapter))
+    model.add_adapter_fusion(Fuse(*names), config)
+    torch.manual_seed(200)
+    mixing = [(key, value) for key, value in model.named_parameters() if ".adapter_fusion_layer." in key]
+    randomise(((key, value) for key, value in mixing if not key.endswith("value.weight")), 0.05)
+    with torch.no_grad():
+        for key, value in mixing:
+            if key.endswith("value.weight"):
+                value += 0.1 * torch.randn_like(value)
+    return Fuse(*names)
+
+
+def run_training(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Logits, gradients, and the losses of some steps of plain gradient descent."""
     model.double().eval()
-    if name not in WITH_HEAD:
-        model.classifier.requires_grad_(False)
     trained = {key: value for key, value in model.named_parameters() if value.requires_grad}
     labels, losses, expected = torch.tensor(LABELS), [], {}
     for step in range(STEPS):
         logits = model(**batch).logits
-        loss = torch.nn.functional.cross_entropy(logits, labels)
-        gradients = torch.autograd.grad(loss, list(trained.values()))
+        penalty = model.base_model.get_fusion_regularization_loss()
+        loss = torch.nn.functional.cross_entropy(logits, labels) + (0.0 if penalty is None else penalty)
+        gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        gradients = [
+            torch.zeros_like(value) if gradient is None else gradient
+            for value, gradient in zip(trained.values(), gradients, strict=True)
+        ]
         if step == 0:
             expected = {f"gradient/{key}": value for key, value in zip(trained, gradients, strict=True)}
             expected["logits"] = logits.detach()
@@ -153,7 +219,7 @@ def main() -> None:
     batch = make_batch()
     make_base().save_pretrained(folder / "base")
     expected = {key: value.int() for key, value in batch.items()}
-    for number, name in enumerate(CASES):
+    for number, name in enumerate((*CASES, *OTHERS)):
         model = make_base()
         adapters.init(model)
         add_adapter(model, name, number)
@@ -161,6 +227,20 @@ def main() -> None:
             folder / name, name, with_head=name in WITH_HEAD, use_safetensors=name in SAFETENSORS
         )
         expected |= {f"{name}/{key}": value for key, value in run_case(model, name, batch).items()}
+    for name, (names, _) in FUSIONS.items():
+        model = make_base()
+        adapters.init(model)
+        fuse = add_fusion(model, name)
+        model.save_adapter_fusion(folder / ",".join(names), fuse, use_safetensors=name == "fusion_dynamic")
+        model.train_adapter_fusion(fuse)
+        model.classifier.requires_grad_(False)
+        expected |= {f"{name}/{key}": value for key, value in run_training(model, batch).items()}
+    model = make_base()  # behind another adapter
+    adapters.init(model)
+    fuse = add_fusion(model, "fusion_dynamic")
+    add_adapter(model, "adapter_plus", list(CASES).index("adapter_plus"))
+    model.set_active_adapters(Stack("adapter_plus", fuse))
+    expected["stack_fusion/logits"] = model.double().eval()(**batch).logits.detach()
     for stack, names in STACKS.items():
         model = make_base()
         adapters.init(model)

@@ -14,7 +14,7 @@ from mindpeft.console import out
 def convert_adapter(
     src: Annotated[Path, typer.Argument(help="An adapter's folder, or a .ckpt file.")],
     dst: Annotated[Path, typer.Argument(help="The folder to make.")],
-    to: Annotated[str, typer.Option(help="peft, or adapterhub (bottleneck adapters).")] = "peft",
+    to: Annotated[str, typer.Option(help="peft, or adapterhub (bottleneck adapters, fusions).")] = "peft",
     lora_alpha: Annotated[float | None, typer.Option(help="Of a .ckpt, which does not say it.")] = None,
     base: Annotated[str | None, typer.Option(help="The base model's name or folder, to be noted.")] = None,
     prefix: Annotated[str, typer.Option(help='Put before cell names, such as "bert.".')] = "",
@@ -22,8 +22,9 @@ def convert_adapter(
 ) -> None:
     """Convert an adapter to Hugging Face PEFT's format.
 
-    SRC is a folder of PEFT (rewritten as safetensors with today's keys), of AdapterHub's adapters, of mlx-lm,
-    or a .ckpt of MindPet or mindformers. What has no equal is refused with the reason.
+    SRC is a folder of PEFT (rewritten as safetensors with today's keys), of AdapterHub's adapters
+    (bottleneck, fusion, LoRA, (IA)3, prefix, and unions of them), of mlx-lm, or a .ckpt of MindPet or
+    mindformers. What has no equal is refused with the reason.
 
     \b
     Examples:

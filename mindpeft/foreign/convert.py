@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mindpeft.adapter_files import HYBRID_INDEX, read_tensors, write_adapter
+from mindpeft.adapter_files import HYBRID_INDEX, read_adapter, read_tensors, write_adapter
 from mindpeft.config import CONFIG_NAME, PeftConfig
 from mindpeft.errors import InputError
 from mindpeft.files import atomic_folder, read_json
+from mindpeft.foreign.adapterhub import import_adapter
 from mindpeft.foreign.lora import write_lora
 from mindpeft.foreign.mindformers import read_mindformers
 from mindpeft.foreign.mlx import is_mlx, read_mlx
-from mindpeft.tuners.adapterhub_files import export_adapterhub, import_adapterhub
+from mindpeft.tuners.adapterhub_files import export_adapterhub
+from mindpeft.tuners.adapterhub_fusion import export_fusion, import_fusion, is_fusion
 from mindpeft.tuners.targeted import check_choice
 
 FORMATS = ("peft", "adapterhub")
@@ -53,7 +55,7 @@ def convert_adapter(
         source: a folder of Hugging Face PEFT, AdapterHub's ``adapters`` or mlx-lm, or a ``.ckpt`` of MindPet
             or mindformers.
         output: the folder to make; an earlier one is replaced.
-        to: "peft", or "adapterhub" for bottleneck adapters.
+        to: "peft", or "adapterhub" for bottleneck adapters and fusions of them.
         lora_alpha: of a ``.ckpt``, which does not say it.
         base_model: noted in the config where the source does not say it.
         prefix: put before the cells' names, such as "bert.", where the source was saved from a bare encoder.
@@ -66,6 +68,10 @@ def convert_adapter(
     """
     source, output = Path(source), Path(output)
     check_choice("to", to, FORMATS)
+    if to == "adapterhub" and (source / HYBRID_INDEX).is_file():
+        with atomic_folder(output) as folder:
+            export_fusion(source, folder)
+        return Conversion("peft", to, *_method_and_count(source))
     kind, config = _detect(source)
     if to == "adapterhub":
         if kind != "peft" or config.get("peft_type") != "BOTTLENECK":
@@ -74,7 +80,7 @@ def convert_adapter(
             )
         with atomic_folder(output) as folder:
             export_adapterhub(source, folder)
-        return Conversion(kind, to, "BOTTLENECK", _count(source, config))
+        return Conversion(kind, to, *_method_and_count(source))
     if kind == "adapterhub":
         return _from_adapterhub(source, output, prefix)
     if kind == "peft":
@@ -103,6 +109,8 @@ def _detect(source: Path) -> tuple[str, Mapping[str, Any]]:
         raise InputError(f"no such folder, and no .ckpt file: {source}")
     if (source / HYBRID_INDEX).is_file():
         raise InputError(f"{source} is a hybrid: convert the folders in it one by one")
+    if is_fusion(source):
+        return "adapterhub", {}
     if not (source / CONFIG_NAME).is_file():
         raise InputError(f"{source} holds no {CONFIG_NAME}, so it is no adapter")
     config = read_json(source / CONFIG_NAME)
@@ -137,11 +145,11 @@ def _rewritten(source: Path, output: Path, base_model: str | None) -> Conversion
 
 def _from_adapterhub(source: Path, output: Path, prefix: str) -> Conversion:
     with atomic_folder(output) as folder:
-        import_adapterhub(source, folder, prefix)
-        config = PeftConfig.from_pretrained(folder)
-        count = len(read_tensors(folder, config))
-    return Conversion("adapterhub", "peft", config.peft_type.value, count)
+        (import_fusion if is_fusion(source) else import_adapter)(source, folder, prefix)
+        return Conversion("adapterhub", "peft", *_method_and_count(folder))
 
 
-def _count(source: Path, config: Mapping[str, Any]) -> int:
-    return len(read_tensors(source, PeftConfig.from_dict(dict(config))))
+def _method_and_count(folder: Path) -> tuple[str, int]:
+    """The methods of an adapter of ours, and how many tensors it has."""
+    configs, tensors = read_adapter(folder)
+    return " + ".join(config.peft_type.value for config in configs), sum(map(len, tensors))

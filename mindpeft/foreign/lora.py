@@ -13,6 +13,7 @@ import numpy as np
 from mindpeft.adapter_files import write_adapter
 from mindpeft.errors import InputError
 from mindpeft.files import atomic_folder
+from mindpeft.tuners.base import Tensors
 from mindpeft.tuners.dora import MAGNITUDE
 from mindpeft.tuners.lora import LoraConfig
 from mindpeft.tuners.lora_layers import LoraEmbedding, LoraLinear
@@ -85,6 +86,20 @@ def write_lora(
     Raises:
         InputError: there is nothing to write, DoRA and LoRA are mixed, or the folder can't be written.
     """
+    config, tensors = lora_adapter(updates, task_type=task_type, base_model=base_model, dropout=dropout)
+    with atomic_folder(folder) as made:
+        write_adapter(made, [(config, {config.CELL_PREFIX + name: v for name, v in tensors.items()})])
+    return config
+
+
+def lora_adapter(
+    updates: Mapping[str, LoraUpdate],
+    *,
+    task_type: str | None = None,
+    base_model: str | None = None,
+    dropout: float = 0.0,
+) -> tuple[LoraConfig, Tensors]:
+    """The config and tensors, by their names without prefix, of an adapter of updates; see ``write_lora``."""
     if not updates:
         raise InputError("there is no LoRA tensor to convert")
     dora = {update.magnitude is not None for update in updates.values()}
@@ -107,9 +122,7 @@ def write_lora(
     tensors = {
         name: value for path, update in updates.items() for name, value in _named(path, update).items()
     }
-    with atomic_folder(folder) as made:
-        write_adapter(made, [(config, {config.CELL_PREFIX + name: v for name, v in tensors.items()})])
-    return config
+    return config, tensors
 
 
 def _named(path: str, update: LoraUpdate) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from mindpeft.config import PeftConfig
 from mindpeft.errors import InputError, did_you_mean
 from mindpeft.parameters import Place
 from mindpeft.tuners.adapter import Adapter, Part
-from mindpeft.tuners.base import Tensors
+from mindpeft.tuners.base import Slot, Tensors
 from mindpeft.tuners.file_tensors import files_of, values_of
 from mindpeft.tuners.hooks import TrainingHook
 from mindpeft.tuners.merging import Merging, taken_out
@@ -51,7 +51,7 @@ class AdapterBank:
         self,
         name: str,
         configs: list[PeftConfig],
-        tensors: list[Tensors] | None,
+        tensors: list[Tensors | None] | None,
         trainable: bool,
         slot_rank: int | None = None,
     ) -> None:
@@ -60,7 +60,7 @@ class AdapterBank:
         Args:
             name: a new name.
             configs: one for each of its methods.
-            tensors: for each config, what its file holds; ``None`` for a fresh adapter.
+            tensors: for each config, what its file holds, or ``None`` where it is fresh; ``None``: all are.
             trainable: whether it is trained while it is active.
             slot_rank: keep room for adapters of up to this rank.
 
@@ -72,9 +72,10 @@ class AdapterBank:
                 f"there is an adapter {name!r} already; choose another name or delete_adapter({name!r})"
             )
         self.require_plain("add an adapter")
-        plans = [self.base.plan(config, from_file=tensors is not None) for config in configs]
+        given = [None] * len(configs) if tensors is None else tensors
+        plans = [self.base.plan(c, from_file=t is not None) for c, t in zip(configs, given, strict=True)]
         with self._whole_weights():
-            adapter = self._made(plans, tensors, trainable)
+            adapter = self._made(plans, given, trainable)
         room = [] if slot_rank is None else [self.base.plan(config.roomy(slot_rank)) for config in configs]
         if not self.adapters:
             for parameter in self.base.model.get_parameters():
@@ -95,7 +96,7 @@ class AdapterBank:
         self.write_back()
         plans = [self.base.plan(config) for config in configs]
         with self._whole_weights():
-            addition = self._made(plans, None, True)
+            addition = self._made(plans, [None] * len(plans), True, self.adapters[name].parts)
         adapter = self.adapters[name]
         for part in adapter.parts:
             part.trainable = False
@@ -144,19 +145,27 @@ class AdapterBank:
         for key in (*adapter.overrides, *taken):
             self.own.setdefault(key, self.base.places[key].read())
 
-    def _made(self, plans: list[Plan], tensors: list[Tensors] | None, trainable: bool) -> Adapter:
-        """The adapter of some plans; the model is left as it is."""
+    def _made(
+        self, plans: list[Plan], tensors: list[Tensors | None], trainable: bool, earlier: list[Part] = ()
+    ) -> Adapter:
+        """The adapter of some plans, or an addition to earlier parts; the model is left as it is."""
         adapter = Adapter([], {}, trainable)
         for index, plan in enumerate(plans):
             plan.config.inference_mode = not trainable
-            values, overrides = self._fresh(plan) if tensors is None else self._read(plan, tensors[index])
+            fresh = tensors[index] is None
+            values, overrides = self._fresh(plan) if fresh else self._read(plan, tensors[index])
             initial = {
-                path: kind.beginning(plan.sites[path], values[path] if tensors is None else None)
+                path: kind.beginning(plan.sites[path], values[path] if fresh else None)
                 for path, kind in plan.classes.items()
                 if kind.takes_out(plan.sites[path])
             }
             adapter.parts.append(Part(plan, values, initial))
             adapter.overrides |= overrides
+        parts = [*earlier, *adapter.parts]
+        for number in range(len(earlier), len(parts)):
+            config = parts[number].plan.config
+            for frozen in config.frozen_parts([part.plan.config for part in parts[:number]]):
+                parts[frozen].trainable = False
         return adapter
 
     @contextmanager
@@ -251,7 +260,7 @@ class AdapterBank:
         for slot in self.rack:
             if slot not in taken:
                 slot.fill({}, frozenset())
-        stale = False
+        stale = self._give_roles(adapters)
         for seat in self._seats:
             slot, tensors = seat.slot, seat.part.tensors[seat.slot.path]
             trains = id(seat.part) in trainable
@@ -262,6 +271,20 @@ class AdapterBank:
         self._scale(on=True)
         self._override(adapters)
         self._mark_trained(adapters)
+
+    def _give_roles(self, adapters: list[Adapter]) -> bool:
+        """Let slots take in those of earlier parts of the same adapter; return whether graphs are stale."""
+        earlier: dict[Slot, list[Slot]] = {}
+        for parts in ([id(part) for part in adapter.parts] for adapter in adapters):
+            chains: dict[str, list[Slot]] = {}
+            for seat in (seat for seat in self._seats if id(seat.part) in parts):
+                chain = chains.setdefault(seat.slot.path, [])
+                earlier[seat.slot] = list(chain)
+                chain.append(seat.slot)
+        before = [slot.role for slot in self.rack]
+        for slot in self.rack:
+            slot.take_in(earlier.get(slot, ()))
+        return before != [slot.role for slot in self.rack]
 
     def _scale(self, on: bool) -> None:
         """Switch the taken slots on or off; the others are always off."""

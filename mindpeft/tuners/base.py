@@ -10,7 +10,7 @@ around one another.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -100,6 +100,8 @@ class Slot(nn.Cell):
     BUFFERS: ClassVar[frozenset[str]] = frozenset()
     # Cells that share their parameter with this one are changed in the same way.
     FOLLOWS_TIES: ClassVar[bool] = False
+    # What it does with other slots, or they with it; fixed in the graph.
+    role: Any = None
 
     def __init__(self, path: str, shapes: Shapes, dtype: ms.dtype, number: int = 0) -> None:
         super().__init__(auto_prefix=False)
@@ -188,6 +190,12 @@ class Slot(nn.Cell):
     def configure(self, config: Any, trainable: bool) -> bool:
         """Take over what a config fixes in the graph; return whether that changed the graph."""
         return False
+
+    def take_in(self, slots: Sequence[Slot]) -> None:
+        """Decide on the slot's ``role``, given the slots of its adapter's earlier parts at its place.
+
+        Called for all slots, the innermost first; those that stand by get none.
+        """
 
     # The slot ---------------------------------------------------------------------------------------------
 

@@ -7,30 +7,22 @@ and Roth 2024, "Adapters Strike Back" (Adapter+). Computed as AdapterHub's `adap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cache, partial
+from functools import partial
 from typing import Any, ClassVar
 
 import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
 
-from mindpeft.errors import InputError
 from mindpeft.ops.activations import ACTIVATIONS
 from mindpeft.ops.dropout import dropout
 from mindpeft.ops.linear import linear
 from mindpeft.ops.normalization import layer_norm
-from mindpeft.targets import layer_index
-from mindpeft.tuners.base import (
-    Shapes,
-    Site,
-    Tensors,
-    TunerLayer,
-    kaiming_uniform,
-    linear_features,
-    original,
-)
+from mindpeft.tuners.base import Shapes, Site, Slot, Tensors, kaiming_uniform
+from mindpeft.tuners.gates import row_gates, scale_rows
+from mindpeft.tuners.half_layers import HalfLayer, hidden_size, layer_of
 
 DOWN, UP, SCALING = "adapter_down", "adapter_up", "adapter_scaling"
 NORM_BEFORE, NORM_AFTER, GATE = "adapter_norm_before", "adapter_norm_after", "gate"
@@ -44,7 +36,6 @@ NON_LINEARITIES: Mapping[str, Callable[[], nn.Cell]] = {
     "relu6": nn.ReLU6,
 }
 _NORM_EPSILON = 1e-5  # torch's own, which the library takes for the norms that it adds
-_CHILDREN = {"dense", "dropout", "LayerNorm"}
 
 
 @dataclass(frozen=True)
@@ -75,45 +66,12 @@ class Layout:
         return cls(scaling_kind=kind, **{name: getattr(config, name) for name in names})
 
 
-@cache
-def in_layout(kind: type[TunerLayer], layout: Layout) -> type[TunerLayer]:
-    """The class of the slots for adapters of that layout."""
-    return type(kind.__name__, (kind,), {"LAYOUT": layout, "__module__": kind.__module__})
-
-
-def is_place(cell: nn.Cell, path: str) -> bool:
-    """Whether a cell ends half a transformer layer with ``LayerNorm(dropout(dense(x)) + residual)``."""
-    return cell.name_cells().keys() == _CHILDREN and layer_of(path) is not None
-
-
-def layer_of(path: str) -> int | None:
-    """The index of the transformer layer that a cell is in."""
-    return layer_index(path, None)
-
-
-def follows_attention(path: str) -> bool:
-    """Whether such a cell ends the attention half of its layer, rather than the feed-forward half."""
-    return path.split(".")[-2:-1] == ["attention"]
-
-
-def hidden_size(cell: nn.Cell) -> int:
-    """The number of features that such a cell gives."""
-    return linear_features(original(cell.dense))[1]
-
-
-class BottleneckLayer(TunerLayer):
-    """An adapter at the end of half a layer, called (hidden, residual) like the cell inside.
-
-    Several of them nest where adapters are stacked: each takes what the one inside gives, and the original
-    norm comes once, as the last active one wants it.
-    """
+class BottleneckLayer(HalfLayer):
+    """An adapter at the end of half a layer."""
 
     LAYOUT: ClassVar[Layout]
 
     def __init__(self, base_layer: nn.Cell, path: str, *slot: Any) -> None:
-        self.is_first = not isinstance(base_layer, BottleneckLayer)
-        if self.is_first and isinstance(base_layer, TunerLayer):
-            raise InputError(f"bottleneck adapters can't go around {type(base_layer).__name__} at {path!r}")
         super().__init__(base_layer, path, *slot)
         for field in fields(Layout):
             setattr(self, field.name, getattr(self.LAYOUT, field.name))
@@ -189,6 +147,9 @@ class BottleneckLayer(TunerLayer):
         # Columns of zeros in the up-projection would be trained: sigmoid, say, is not 0 at 0.
         return room == shapes
 
+    def take_in(self, slots: Sequence[Slot]) -> None:
+        self.role, self.acts = None, True  # until a fusion further out takes it, whose label is its role then
+
     def configure(self, config: Any, trainable: bool) -> bool:
         rates = {"dropout": config.dropout, "row_dropout": config.stochastic_depth}
         changed = {key: rate for key, rate in rates.items() if trainable and getattr(self, key).p != rate}
@@ -198,40 +159,12 @@ class BottleneckLayer(TunerLayer):
 
     # The forward pass -------------------------------------------------------------------------------------
 
-    def construct(self, hidden: ms.Tensor, residual: ms.Tensor) -> ms.Tensor:
-        norm_last = self.norms_last()
-        result = self.states(hidden, residual, norm_last)[2]
-        return self.original_norm(result + residual) if norm_last else result
-
-    def norms_last(self) -> bool:
-        """Whether the original norm ends the computation whichever of the nested layers are active."""
-        if self.is_first:
-            return self.original_ln_after
-        return self.original_ln_after and self.base_layer.norms_last()
-
-    def original_norm(self, x: ms.Tensor) -> ms.Tensor:
-        """The norm of the original cell."""
-        if self.is_first:
-            return self.base_layer.LayerNorm(x)
-        return self.base_layer.original_norm(x)
-
     def states(self, x: ms.Tensor, residual: ms.Tensor, norm_last: bool) -> tuple:
-        """What this layer and those inside make of a cell's input.
-
-        Returns:
-            the original cell's projection; what a further adapter would take; and the result if there is no
-            further one, without the original norm if that comes last for all.
-        """
-        if self.is_first:
-            plain = self.base_layer.dropout(self.base_layer.dense(x))
-            hidden = plain
-            result = plain if norm_last else self.base_layer.LayerNorm(plain + residual)
-        else:
-            plain, hidden, result = self.base_layer.states(x, residual, norm_last)
+        plain, hidden, result = self.inner_states(x, residual, norm_last)
+        if not self.acts:
+            return plain, hidden, result
         adapted = self.adapt(hidden, residual)
-        total = adapted + plain if self.is_parallel else adapted
-        if self.original_ln_after and not norm_last:
-            total = self.original_norm(total + residual)
+        total = self.left(adapted, plain, residual, norm_last)
         if not (self.is_first and self.is_additive and norm_last):
             total = self.unless_off(total, result)
         if not (self.is_first and self.is_additive and not self.is_parallel):
@@ -240,16 +173,11 @@ class BottleneckLayer(TunerLayer):
 
     def adapt(self, hidden: ms.Tensor, residual: ms.Tensor) -> ms.Tensor:
         """The adapter with the norms and the residual that belong to it."""
-        if self.is_parallel:
-            return ops.cast(self.normed_update(self.update(residual)), hidden.dtype)
-        before, skip = hidden, hidden
-        if self.original_ln_before:
-            added = hidden + residual
-            before = self.original_norm(added)
-            skip = added if self.skips == "added" else skip
-            skip = before if self.skips == "normed" else skip
-        skip = ops.cast(skip, self.slot_dtype)
+        before, skip = self.entered(hidden, residual)
         update = self.update(before)
+        if self.is_parallel:
+            return ops.cast(self.normed_update(update), hidden.dtype)
+        skip = ops.cast(skip, self.slot_dtype)
         if self.adapter_residual_before_ln:
             adapted = self.normed_update(update + skip)
         else:
@@ -265,15 +193,20 @@ class BottleneckLayer(TunerLayer):
     def update(self, x: ms.Tensor) -> ms.Tensor:
         """Down, activation, up, scaling, dropout, gate."""
         x = ops.cast(x, self.slot_dtype)
-        normed = x
-        if self.ln_before:
-            normed = self.norm(x, self.adapter_norm_before.weight, self.adapter_norm_before.bias)
-        inner = self.activation(self.down(normed))
-        update = self.dropout(self.drop_rows(self.up(inner)))
+        update = self.dropout(self.projected(x))
         if self.use_gating:
-            gate = ops.sigmoid(linear(x, self.gate.weight, self.gate.bias))  # (batch, tokens, 1)
-            update = scale_rows(update, gate.mean(1))
+            update = scale_rows(update, row_gates(x, self.gate.weight, self.gate.bias))
         return update
+
+    def updates(self, x: ms.Tensor, fusion: str) -> tuple:
+        found = self.inner_updates(x, fusion)
+        return (*found, self.projected(x)) if self.role == fusion else found
+
+    def projected(self, x: ms.Tensor) -> ms.Tensor:
+        """Down, activation, up, scaling, for an input in the slot's dtype."""
+        if self.ln_before:
+            x = self.norm(x, self.adapter_norm_before.weight, self.adapter_norm_before.bias)
+        return self.drop_rows(self.up(self.activation(self.down(x))))
 
     def down(self, x: ms.Tensor) -> ms.Tensor:
         """The projection to the bottleneck."""
@@ -298,11 +231,6 @@ class BottleneckLayer(TunerLayer):
         if not self.training or self.row_dropout.p == 0.0:
             return update
         return scale_rows(update, self.row_dropout(ops.ones((update.shape[0], 1), update.dtype)))
-
-
-def scale_rows(x: ms.Tensor, factors: ms.Tensor) -> ms.Tensor:
-    """``x`` (batch, ...) with each row of the batch multiplied by its factor; factors are (batch, 1)."""
-    return x * ops.tile(factors, (1, x.size // x.shape[0])).reshape(x.shape)
 
 
 def truncated_normal(random: Any, shape: tuple[int, ...], deviation: float) -> np.ndarray:

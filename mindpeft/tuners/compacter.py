@@ -18,7 +18,8 @@ from mindspore import nn, ops
 from mindpeft.errors import InputError
 from mindpeft.ops.linear import linear
 from mindpeft.tuners.base import Shapes, SharedSlot, Site, Tensors
-from mindpeft.tuners.bottleneck_layers import DOWN, UP, BottleneckLayer, hidden_size
+from mindpeft.tuners.bottleneck_layers import DOWN, UP, BottleneckLayer
+from mindpeft.tuners.half_layers import hidden_size
 
 RULE = "phm_rule"
 

@@ -188,6 +188,8 @@ class PrefixEncoder(ModelLayer, SharedSlot):
 class PrefixAttention(TunerLayer):
     """Puts one layer's prefix in front of the keys and values of its attention."""
 
+    GATED: ClassVar[bool] = False  # whether it takes gates together with the mask
+
     def __init__(
         self,
         base_layer: nn.Cell,
@@ -197,6 +199,8 @@ class PrefixAttention(TunerLayer):
         number: int = 0,
         shared: PrefixEncoder | None = None,
     ) -> None:
+        if isinstance(base_layer, PrefixAttention) and (self.GATED or base_layer.GATED):
+            raise InputError(f"no prefix can go beside one with gates, but {path!r} has one already")
         super().__init__(base_layer, path, shapes, dtype, number)
         # No child: it stands around the model that holds this layer.
         object.__setattr__(self, "shared", shared)
@@ -217,14 +221,30 @@ class PrefixAttention(TunerLayer):
     ) -> ms.Tensor:
         if not self.shared.active:
             return self.base_layer(query, key, value, mask)
+        keys, values = self.prefixes(key)
+        return self.attended(query, key, value, mask, keys, values)
+
+    def prefixes(self, key: ms.Tensor) -> tuple[ms.Tensor, ms.Tensor]:
+        """The prefix's keys and values for every row and head of the real tokens' keys."""
         rows = self.shared.rows(self.layer, self.layer_name)
         count, size = rows.shape[0], key.shape[-1]
         states = ops.transpose(ops.reshape(rows, (count, -1, size)), (1, 0, 2))
         heads = states.shape[0] // 2
-        key = ops.concat((self.spread(states[:heads], key), key), 2)
-        value = ops.concat((self.spread(states[heads:], value), value), 2)
+        return self.spread(states[:heads], key), self.spread(states[heads:], key)
+
+    def attended(
+        self,
+        query: ms.Tensor,
+        key: ms.Tensor,
+        value: ms.Tensor,
+        mask: ms.Tensor | None,
+        keys: ms.Tensor,
+        values: ms.Tensor,
+    ) -> ms.Tensor:
+        """What attention gives with a prefix in front; the mask lets all tokens see it."""
+        key, value = ops.concat((keys, key), 2), ops.concat((values, value), 2)
         if mask is not None:
-            mask = ops.concat((ops.zeros((*mask.shape[:3], count), mask.dtype), mask), -1)
+            mask = ops.concat((ops.zeros((*mask.shape[:3], keys.shape[2]), mask.dtype), mask), -1)
         return self.base_layer(query, key, value, mask)
 
     def spread(self, prefix: ms.Tensor, states: ms.Tensor) -> ms.Tensor:

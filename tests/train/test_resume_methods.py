@@ -15,11 +15,14 @@ from mindspore import Tensor, nn
 
 from mindpeft import (
     AdaLoraConfig,
+    AdapterFusionConfig,
     BitFitConfig,
     DiffPruningConfig,
     LoraConfig,
+    PeftConfig,
     PeftModel,
     PromptEncoderConfig,
+    SeqBnConfig,
     get_peft_model,
 )
 from mindpeft.train import Trainer, TrainerCallback, TrainingArguments
@@ -107,6 +110,12 @@ def p_tuning() -> PromptEncoderConfig:
     return PromptEncoderConfig(task_type="SEQ_CLS", num_virtual_tokens=3, encoder_hidden_size=12)
 
 
+def fusion() -> list[PeftConfig]:
+    """The temperature falls with each update, and the value matrices are penalised."""
+    mixing = AdapterFusionConfig(adapter_names=["a", "b"], temperature=True, task_type="SEQ_CLS")
+    return [SeqBnConfig(), SeqBnConfig(init_weights="houlsby"), mixing]
+
+
 METHODS = {
     "adalora": Method(adalora),
     "diff pruning": Method(diff_pruning),
@@ -114,6 +123,7 @@ METHODS = {
     "p-tuning": Method(p_tuning, base=lambda: make_bert(layers=1)),
     "lora+": Method(lora, arguments={"loraplus_lr_ratio": 8.0}),
     "lora-fa": Method(lora, arguments={"optim": "lorafa"}),
+    "fusion": Method(fusion, base=lambda: make_bert(layers=1)),
     "hybrid": Method(lambda: [lora(), BitFitConfig(target_modules=["norm"])]),
 }
 
@@ -200,6 +210,7 @@ def adapter_files(folder: Path) -> dict[str, bytes]:
         ("lora+", 5),
         ("lora-fa", 5),
         ("hybrid", 5),
+        ("fusion", 5),
     ],
 )
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path, name, step):
