@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils import parametrize
 
 from mindpeft import PeftModel
-from mindpeft.tuners.diff_pruning import DiffLayer
+from mindpeft.tuners.diff_pruning_layers import DiffLayer
 from tests.models.reference import HEADS, run_theirs, to_torch
 from tests.parity.adapters import add_noise, open_in_peft, trained_in_peft
 

@@ -25,6 +25,8 @@ from tests.models import reference
 from tests.parity.notes import assert_small, note
 from tests.tuners.adapterhub import CASES, DATA, EXPECTED, INPUTS, RATE, name_here
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 STEPS = 20
 # One of each kind of layer is compiled; the others differ in norms, gates and factors, and run in PyNative.
 IN_GRAPH = ("seq_bn", "double_seq_bn", "par_bn", "compacter", "invertible", "norms", "parallel_gated")
@@ -57,12 +59,6 @@ WHY = {
     "bases": "The library's numbers are stored, of the tiny model alone.",
 }
 _folder = TemporaryDirectory()
-
-
-@pytest.fixture(autouse=True)
-def _mode():
-    yield
-    ms.set_context(mode=ms.GRAPH_MODE)
 
 
 @cache
