@@ -8,7 +8,8 @@ Run it in an environment of its own (`adapters` wants another transformers than 
 It writes a random BERT (`base/`), a folder per adapter as the library saves it, and `expected.safetensors`:
 the batch, and for each adapter the logits, the gradient of every trained parameter, the losses of 20 steps of
 plain gradient descent, and the number of trained parameters. Weights are float32, the arithmetic is float64.
-Everything follows from fixed seeds.
+`heads.safetensors` holds the same of some adapters in the same encoder under other heads, with those heads'
+weights. Everything follows from fixed seeds.
 """
 
 from __future__ import annotations
@@ -118,6 +119,18 @@ FUSIONS: dict[str, tuple[tuple[str, ...], Any]] = {
     "fusion_odd": (("leave_out", "no_norm", "seq_bn"), ODD),
     "fusion_value": (("per_layer", "norms_inside", "double_seq_bn"), VALUE_ALONE),
 }
+# Heads other than the one for whole texts, and the adapters that are tried under them.
+OTHER_HEADS = {"token": transformers.BertForTokenClassification, "masked": transformers.BertForMaskedLM}
+UNDER_THEM = (
+    "seq_bn",
+    "double_seq_bn",
+    "par_bn",
+    "scaled_par_bn",
+    "adapter_plus",
+    "compacter",
+    "compacter_plus_plus",
+    "invertible",
+)
 SAFETENSORS = ("seq_bn", "double_seq_bn", "scaled_par_bn", "compacter")  # the others in torch's own format
 # Adapters that act one after the other.
 STACKS = {
@@ -134,6 +147,16 @@ def make_base() -> torch.nn.Module:
     torch.manual_seed(0)
     model = transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, num_labels=3))
     randomise(model.named_parameters(), 0.2)
+    return model.eval()
+
+
+def make_other_base(head: str) -> torch.nn.Module:
+    """The encoder of `make_base` under another head, whose every number is random too."""
+    encoder = {key: value for key, value in make_base().state_dict().items() if key.startswith("bert.")}
+    torch.manual_seed(2)
+    model = OTHER_HEADS[head](transformers.BertConfig(**SIZES, num_labels=5))
+    randomise(model.named_parameters(), 0.2)
+    model.load_state_dict(encoder, strict=False)
     return model.eval()
 
 
@@ -166,7 +189,7 @@ def run_case(model: torch.nn.Module, name: str, batch: dict[str, torch.Tensor]) 
     """What is expected of one adapter, computed in float64; the model has been trained afterwards."""
     model.train_adapter(name)
     model.classifier.requires_grad_(name in WITH_HEAD)
-    return run_training(model, batch)
+    return run_training(model, batch, torch.tensor(LABELS))
 
 
 def add_fusion(model: torch.nn.Module, name: str) -> Fuse:
@@ -185,15 +208,18 @@ def add_fusion(model: torch.nn.Module, name: str) -> Fuse:
     return Fuse(*names)
 
 
-def run_training(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def run_training(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], labels: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """Logits, gradients, and the losses of some steps of plain gradient descent."""
     model.double().eval()
     trained = {key: value for key, value in model.named_parameters() if value.requires_grad}
-    labels, losses, expected = torch.tensor(LABELS), [], {}
+    losses, expected = [], {}
     for step in range(STEPS):
         logits = model(**batch).logits
         penalty = model.base_model.get_fusion_regularization_loss()
-        loss = torch.nn.functional.cross_entropy(logits, labels) + (0.0 if penalty is None else penalty)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
+        loss = loss + (0.0 if penalty is None else penalty)
         gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
         gradients = [
             torch.zeros_like(value) if gradient is None else gradient
@@ -211,6 +237,35 @@ def run_training(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict
     return expected
 
 
+def run_under(head: str, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What is expected under another head: its weights, labels, and each adapter's numbers."""
+    bare, own = make_other_base(head), make_base().state_dict()
+    torch.manual_seed(3)
+    labels = torch.randint(0, bare(**batch).logits.shape[-1], batch["input_ids"].shape)
+    labels[batch["attention_mask"] == 0] = -100
+    expected = {"labels": labels.int()}
+    for key, value in bare.named_parameters():  # a tied weight once
+        if not (key.startswith("bert.") and key in own):
+            expected[f"base/{key}"] = value.detach()
+    for name in UNDER_THEM:
+        model = make_other_base(head)
+        adapters.init(model)
+        add_adapter(model, name, list(CASES).index(name))
+        model.train_adapter(name)
+        for key, value in model.named_parameters():
+            value.requires_grad_(f".{name}." in key)
+        found = run_training(model, batch, labels)
+        expected |= {f"{name}/{key}": value for key, value in found.items()}
+    return {f"{head}/{key}": value for key, value in expected.items()}
+
+
+def save_single(expected: dict[str, torch.Tensor], path: Path) -> None:
+    """Save tensors, numbers in float32."""
+    save_file(
+        {key: value.float() if value.is_floating_point() else value for key, value in expected.items()}, path
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="where to write; an earlier one is replaced")
@@ -218,7 +273,7 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)
     batch = make_batch()
     make_base().save_pretrained(folder / "base")
-    expected = {key: value.int() for key, value in batch.items()}
+    expected, labels = {key: value.int() for key, value in batch.items()}, torch.tensor(LABELS)
     for number, name in enumerate((*CASES, *OTHERS)):
         model = make_base()
         adapters.init(model)
@@ -234,7 +289,7 @@ def main() -> None:
         model.save_adapter_fusion(folder / ",".join(names), fuse, use_safetensors=name == "fusion_dynamic")
         model.train_adapter_fusion(fuse)
         model.classifier.requires_grad_(False)
-        expected |= {f"{name}/{key}": value for key, value in run_training(model, batch).items()}
+        expected |= {f"{name}/{key}": value for key, value in run_training(model, batch, labels).items()}
     model = make_base()  # behind another adapter
     adapters.init(model)
     fuse = add_fusion(model, "fusion_dynamic")
@@ -248,8 +303,9 @@ def main() -> None:
             add_adapter(model, name, list(CASES).index(name))
         model.set_active_adapters(Stack(*names))
         expected[f"{stack}/logits"] = model.double()(**batch).logits.detach()
-    expected = {key: value.float() if value.is_floating_point() else value for key, value in expected.items()}
-    save_file(expected, folder / "expected.safetensors")
+    save_single(expected, folder / "expected.safetensors")
+    others = [run_under(head, batch) for head in OTHER_HEADS]
+    save_single({**others[0], **others[1]}, folder / "heads.safetensors")
 
 
 if __name__ == "__main__":

@@ -51,12 +51,15 @@ def trained_here(model: PeftModel) -> dict[str, ms.Parameter]:
 
 
 def named_parameters(model: PeftModel) -> dict[str, ms.Parameter]:
-    """Path in the base model -> parameter."""
-    return {
-        plain_name(f"{path}.{leaf}"): parameter
-        for path, cell in model.base_model.cells_and_names()
-        for leaf, parameter in cell.parameters_and_names(expand=False)
-    }
+    """Path in the base model -> parameter; of a tied one, the first path."""
+    names: dict[int, str] = {}
+    parameters = {}
+    for path, cell in model.base_model.cells_and_names():
+        for leaf, parameter in cell.parameters_and_names(expand=False):
+            name = plain_name(f"{path}.{leaf}")
+            if names.setdefault(id(parameter), name) == name:
+                parameters[name] = parameter
+    return parameters
 
 
 def trained_in_peft(model: peft.PeftModel) -> dict[str, torch.nn.Parameter]:

@@ -1,22 +1,17 @@
-"""Every method against torch + transformers + peft: forward, gradient, curve, files both ways, merging.
+"""Every method against its oracle: forward, gradient, curve, files both ways, merging, numbers of parameters.
 
-What each test measures goes, as a line of JSON, into the file that ``MINDPEFT_MATRIX`` names, if it is set:
-``scripts/method_matrix.py`` makes docs/methods.md of it.
+Most have torch + transformers + peft for one; tests/parity/cases says of each. For AdapterHub's bottleneck
+adapters see test_adapterhub.py.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
-from typing import Any
 
 import mindspore as ms
 import numpy as np
-import peft
 import pytest
 import torch
-import transformers
 from mindspore import Tensor
 
 import mindpeft
@@ -24,29 +19,30 @@ from mindpeft import PeftModel, get_peft_model
 from mindpeft import models as our_models
 from mindpeft.train.optim import AdamW
 from mindpeft.train.runner import StepRunner
+from mindpeft.train.step import EvalStep
 from tests.models import reference
-from tests.models.reference import make_batch, make_reference, open_ours, run_ours, run_theirs
-from tests.parity.adapters import (
-    add_noise,
-    open_in_peft,
-    plain_name,
-    randomise,
-    trained_here,
-    trained_in_peft,
-)
-from tests.parity.case import HEADS, TASK_TYPES, Case, all_cases
+from tests.models.reference import make_batch, make_reference, run_ours, run_theirs
+from tests.parity.adapters import randomise, trained_here
+from tests.parity.case import HEADS, Case, all_cases
+from tests.parity.notes import assert_small, note
+from tests.parity.oracles import Oracle, open_theirs
 
 pytestmark = pytest.mark.usefixtures("pynative")
 
 CLASSES = {"sequence": 4, "token": 5, "masked": reference.SIZES["vocab_size"]}
 STEPS = 20
 CASES = {case.name: case for case in all_cases()}
-ON_TINY = [(name, head) for name, case in CASES.items() for head in case.heads]
-ON_MINILM = [pytest.param(name, head, marks=pytest.mark.slow) for name, head in ON_TINY]
-# One head is enough to see a curve; the others are for the slow run.
+# By default a method is tried on one head, in turn; the slow run has all of them.
+DEFAULT = {name: case.heads[place % len(case.heads)] for place, (name, case) in enumerate(CASES.items())}
+ON_TINY = [
+    pytest.param(name, head, marks=() if head == DEFAULT[name] else pytest.mark.slow)
+    for name, case in CASES.items()
+    for head in case.heads
+]
+ON_MINILM = [pytest.param(*on.values, marks=pytest.mark.slow) for on in ON_TINY]
 CURVES = [
-    pytest.param(name, head, marks=() if head == CASES[name].heads[0] else pytest.mark.slow)
-    for name, head in ON_TINY
+    pytest.param(*on.values, marks=pytest.mark.slow if CASES[on.values[0]].same_graph else on.marks)
+    for on in ON_TINY
 ]
 
 
@@ -69,32 +65,14 @@ def bases(tmp_path_factory, minilm_dir):
     return folder
 
 
-def open_theirs(folder: Path, head: str, **options: Any) -> transformers.PreTrainedModel:
-    auto = getattr(transformers, reference.HEADS[head])
-    return auto.from_pretrained(folder, attn_implementation="eager", **options).eval()
-
-
 def open_base(folder: Path, head: str) -> ms.nn.Cell:
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return getattr(our_models, reference.HEADS[head]).from_pretrained(folder, **no_dropout)
 
 
-def theirs_of(case: Case, folder: Path, head: str, noise: float = 0.05) -> peft.PeftModel:
-    """PEFT's model with a fresh adapter, noise on all that is trained."""
-    torch.manual_seed(3)
-    base = open_theirs(folder, head, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    options = {"task_type": TASK_TYPES.get(head), **case.options, **case.peft_options}
-    model = peft.get_peft_model(base, getattr(peft, case.config)(**options))
-    add_noise(model, noise)
-    return model.eval()
-
-
-def config_of(case: Case, head: str) -> mindpeft.PeftConfig:
-    return getattr(mindpeft, case.config)(task_type=TASK_TYPES.get(head), **case.options)
-
-
-def inputs(size: str) -> dict[str, np.ndarray]:
-    return make_batch(length=19, types=2) if size == "minilm" else make_batch()
+def inputs(case: Case, head: str, size: str) -> dict[str, np.ndarray]:
+    batch = make_batch(length=19, types=2) if size == "minilm" else make_batch()
+    return case.inputs(head, batch)
 
 
 def labels_for(head: str, batch: dict[str, np.ndarray], seed: int = 5) -> np.ndarray:
@@ -106,151 +84,147 @@ def labels_for(head: str, batch: dict[str, np.ndarray], seed: int = 5) -> np.nda
     return labels
 
 
-def logits_of_theirs(model: peft.PeftModel, batch: dict[str, np.ndarray]) -> torch.Tensor:
-    """PEFT's logits; of a model with an output for each token, those of the real tokens."""
-    logits = run_theirs(model, **batch).logits
-    return logits if logits.ndim == 2 else logits[:, -batch["input_ids"].shape[1] :]
+def scaled_error(found, logits: torch.Tensor) -> float:
+    """The largest error of logits, relative to the largest of them if that is more than 1."""
+    return reference.absolute_error(found, logits) / max(1.0, float(logits.abs().max()))
 
 
-def loss_of_theirs(model: peft.PeftModel, batch: dict[str, np.ndarray], labels: np.ndarray) -> torch.Tensor:
-    logits = logits_of_theirs(model, batch)
-    target = torch.tensor(labels).long().reshape(-1)
-    return torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), target)
+def trainable(oracle: Oracle, theirs: torch.nn.Module, folder: Path) -> PeftModel:
+    """Our model that trains what the oracle's does: from its files or, where they hold less, from memory."""
+    case, base = oracle.case, open_base(oracle.folder, oracle.head)
+    if case.in_file_as_trained:
+        return PeftModel.from_pretrained(base, folder, is_trainable=True)
+    ours = get_peft_model(base, case.config_here(oracle.head))
+    parameters, values = trained_here(ours), case.renamed(oracle.trained(theirs))
+    assert parameters.keys() == values.keys()
+    for name, parameter in parameters.items():
+        parameter.set_data(Tensor(values[name].detach().numpy().copy()))
+    oracle.prepare(ours)
+    return ours
 
 
-def note(case: str, head: str, what: str, error: float) -> None:
-    """Put a measured error down for the table of methods."""
-    path = os.environ.get("MINDPEFT_MATRIX")
-    if path:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"case": case, "head": head, "what": what, "error": error}) + "\n")
+def run_reading(bases, tmp_path, name: str, head: str, size: str) -> None:
+    case, folder = CASES[name], bases(size, head)
+    batch, oracle = inputs(case, head, size), case.oracle(case, folder, head)
+    theirs = oracle.fresh(noise=0.05)
+    oracle.save(theirs, tmp_path)
+    ours = trainable(oracle, theirs, tmp_path).set_train(False)
+    logits = oracle.logits(oracle.precise(theirs), batch).detach()
+    read = ours
+    if not case.in_file_as_trained:
+        read = PeftModel.from_pretrained(open_base(folder, head), tmp_path).set_train(False)
+    error = scaled_error(run_ours(read, **batch), logits)
+    assert_small(name, size, head, "oracle → read", error, case.tolerance)
 
-
-def assert_small(case: str, head: str, what: str, error: float, limit: float) -> None:
-    assert error <= limit, f"{what}: {error:.2e}"
-    note(case, head, what, error)
-
-
-def run_forward_and_gradients(bases, tmp_path, name: str, head: str, size: str) -> None:
-    case, folder, batch = CASES[name], bases(size, head), inputs(size)
-    theirs = theirs_of(case, folder, head)
-    theirs.save_pretrained(tmp_path)
-    ours = PeftModel.from_pretrained(open_base(folder, head), tmp_path, is_trainable=True).set_train(False)
-    assert ours.get_nb_trainable_parameters() == numbers_of(theirs, case)
-    logits = logits_of_theirs(theirs, batch)
-    error = reference.absolute_error(run_ours(ours, **batch), logits)
-    assert_small(name, head, "peft → read, forward", error / scale_of(logits), case.tolerance)
+    numbers = oracle.numbers(theirs)
+    assert ours.get_nb_trainable_parameters()[: len(numbers)] == numbers
+    note(name, "parameters", base=size, head=head, error=0.0)
 
     labels = labels_for(head, batch)
-    loss_of_theirs(theirs, batch, labels).backward()
-    expected = {
-        case.names.get(plain_name(key), plain_name(key)): value.grad
-        for key, value in trained_in_peft(theirs).items()
-        if value.grad is not None
-    }
-    parameters = trained_here(ours)
-    assert parameters.keys() == expected.keys()
-    gradients = gradients_of(ours, list(parameters.values()), batch, labels)
-    largest = max(float(value.abs().max()) for value in expected.values())
-    worst = 0.0
-    for key, gradient in zip(parameters, gradients, strict=True):
-        size_of_it = max(float(expected[key].abs().max()), 1e-2 * largest)
-        worst = max(worst, reference.absolute_error(gradient, expected[key]) / size_of_it)
-    assert_small(name, head, "gradient", worst, 1e-4)
+    oracle.loss(theirs, batch, labels).backward()
+    found, gradients = gradients_of(ours, batch, labels)
+    assert_small(name, size, head, "forward", scaled_error(found, logits), case.tolerance)
+    trained = oracle.trained(theirs).items()
+    expected = case.renamed({key: value.grad for key, value in trained if value.grad is not None})
+    assert_small(name, size, head, "gradient", worst_gradient(gradients, expected), 1e-4)
 
 
-def numbers_of(theirs: peft.PeftModel, case: Case) -> tuple[int, int]:
-    return theirs.get_nb_trainable_parameters()
+def gradients_of(model: PeftModel, batch: dict[str, np.ndarray], labels: np.ndarray):
+    """(logits, name -> gradient)."""
+    columns, parameters = {**batch, "labels": labels}, trained_here(model)
+    step = EvalStep(model, tuple(columns))
+
+    def forward(*values):
+        return step(*values)
+
+    function = ms.value_and_grad(forward, None, ms.ParameterTuple(parameters.values()), has_aux=True)
+    (_, logits), gradients = function(*map(Tensor, columns.values()))
+    return logits, dict(zip(parameters, gradients, strict=True))
 
 
-def scale_of(logits: torch.Tensor) -> float:
-    """Errors of logits of more than 1 are relative to the largest."""
-    return max(1.0, float(logits.abs().max()))
-
-
-def gradients_of(model: PeftModel, parameters: list, batch: dict[str, np.ndarray], labels: np.ndarray):
-    def forward(input_ids, attention_mask, token_type_ids, labels):
-        return model(input_ids, attention_mask, token_type_ids, None, labels)[0]
-
-    function = ms.value_and_grad(forward, None, ms.ParameterTuple(parameters))
-    return function(*(Tensor(value) for value in (*batch.values(), labels)))[1]
+def worst_gradient(found: dict[str, Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The largest error of a gradient, relative to its largest entry or a hundredth of the largest of all."""
+    assert found.keys() == expected.keys()
+    floor = 1e-2 * max(float(value.abs().max()) for value in expected.values())
+    return max(
+        reference.absolute_error(found[name], value) / max(float(value.abs().max()), floor)
+        for name, value in expected.items()
+    )
 
 
 @pytest.mark.parametrize(("name", "head"), ON_TINY)
 def test_forward_and_gradients(bases, tmp_path, name, head):
-    run_forward_and_gradients(bases, tmp_path, name, head, "tiny")
+    run_reading(bases, tmp_path, name, head, "tiny")
 
 
 @pytest.mark.parametrize(("name", "head"), ON_MINILM)
 def test_forward_and_gradients_of_minilm(bases, tmp_path, name, head):
-    run_forward_and_gradients(bases, tmp_path, name, head, "minilm")
+    run_reading(bases, tmp_path, name, head, "minilm")
 
 
-def run_written_and_merged(bases, tmp_path, name: str, head: str, size: str) -> None:
-    case, folder, batch = CASES[name], bases(size, head), inputs(size)
+def run_writing(bases, tmp_path, name: str, head: str, size: str) -> None:
+    case, folder = CASES[name], bases(size, head)
+    batch, oracle = inputs(case, head, size), case.oracle(case, folder, head)
     ms.set_seed(0)
-    ours = get_peft_model(open_base(folder, head), config_of(case, head)).set_train(False)
+    ours = get_peft_model(open_base(folder, head), case.config_here(head)).set_train(False)
     randomise(ours)
     ours.save_pretrained(tmp_path)
     found = run_ours(ours, **batch)
-    expected = logits_of_theirs(open_in_peft(open_theirs(folder, head), tmp_path), batch)
-    error = reference.absolute_error(found, expected) / scale_of(expected)
-    assert_small(name, head, "write → peft", error, case.tolerance)
-    bare = run_theirs(open_theirs(folder, head), **batch).logits
+    expected = oracle.logits(oracle.precise(oracle.opened(tmp_path)), batch).detach()
+    assert_small(name, size, head, "write → oracle", scaled_error(found, expected), case.tolerance)
+    known = {key: value for key, value in batch.items() if key not in case.columns}
+    bare = run_theirs(oracle.base(), **known).logits
     assert (bare - expected).abs().max() > 1e-4  # the adapter does something
     if not case.merges:
         with pytest.raises(mindpeft.errors.InputError, match="merged"):
             ours.merge_adapter()
         return
     merged = run_ours(ours.merge_and_unload(), **batch)
-    assert_small(
-        name,
-        head,
-        "merge",
-        reference.absolute_error(merged, expected) / scale_of(expected),
-        2 * case.tolerance,
-    )
+    assert_small(name, size, head, "merge", scaled_error(merged, expected), 2 * case.tolerance)
 
 
 @pytest.mark.parametrize(("name", "head"), ON_TINY)
 def test_written_and_merged(bases, tmp_path, name, head):
-    run_written_and_merged(bases, tmp_path, name, head, "tiny")
+    run_writing(bases, tmp_path, name, head, "tiny")
 
 
 @pytest.mark.parametrize(("name", "head"), ON_MINILM)
 def test_written_and_merged_of_minilm(bases, tmp_path, name, head):
-    run_written_and_merged(bases, tmp_path, name, head, "minilm")
+    run_writing(bases, tmp_path, name, head, "minilm")
 
 
 @pytest.mark.parametrize(("name", "head"), CURVES)
 def test_training_curve(bases, tmp_path, name, head):
     """Twenty steps of AdamW in one compiled graph, from the same adapter on the same batches."""
     case, folder = CASES[name], bases("tiny", head)
-    theirs = theirs_of(case, folder, head, noise=0.02)
-    theirs.save_pretrained(tmp_path)
-    ours = PeftModel.from_pretrained(open_ours(head, folder), tmp_path, is_trainable=True).set_train()
+    oracle = case.oracle(case, folder, head)
+    theirs = oracle.fresh(noise=0.02)
+    oracle.save(theirs, tmp_path)
+    ours = trainable(oracle, theirs, tmp_path).set_train()
     batches = [make_batch(seed=seed) for seed in range(4)]
-    data = [(batch, labels_for(head, batch, seed)) for seed, batch in enumerate(batches)]
-    optimizer = torch.optim.AdamW(
-        [p for p in theirs.parameters() if p.requires_grad], case.rate, weight_decay=0
-    )
+    data = [(case.inputs(head, batch), labels_for(head, batch, seed)) for seed, batch in enumerate(batches)]
+    optimizer = torch.optim.AdamW(oracle.trained(theirs).values(), case.rate, weight_decay=0)
     ms.set_context(mode=ms.GRAPH_MODE)
     runner = StepRunner(ours, AdamW(ours))
-    worst, first, last = 0.0, 0.0, 0.0
+    expected, found = [], []
     for step in range(STEPS):
         batch, labels = data[step % len(data)]
-        loss = loss_of_theirs(theirs, batch, labels)
+        loss = oracle.training_loss(theirs, batch, labels)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(oracle.trained(theirs).values(), 1.0)
         optimizer.step()
+        oracle.after_update(theirs, step + 1)
         optimizer.zero_grad()
-        found, _ = runner.train({**batch, "labels": labels}, step + 1, case.rate)
-        worst = max(worst, abs(found - float(loss.detach())))
-        first, last = first + found * (step < 4), last + found * (step >= STEPS - 4)
+        expected.append(float(loss.detach()))
+        found.append(runner.train({**batch, "labels": labels}, step + 1, case.rate)[0])
     assert runner.graphs == 1
-    assert last < first  # something was learned
-    assert_small(name, head, "curve", worst, 1e-3)
+    assert sum(found[-4:]) < sum(found[:4])  # something was learned
+    assert_small(name, "tiny", head, "curve", np.abs(np.subtract(found, expected)).max(), 1e-3)
 
 
-def test_the_cases_cover_the_heads():
-    assert all(set(case.heads) <= set(HEADS) for case in CASES.values())
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+def test_the_cases_say_what_is_missing(case):
+    assert set(case.heads) <= set(HEADS)
+    assert (set(case.heads) == set(HEADS)) != ("heads" in case.why)
+    assert case.merges != ("merge" in case.why)
+    note(case.name, "about", method=case.method, oracle=case.oracle.NAME, why=dict(case.why))
