@@ -130,7 +130,8 @@ class AdaLoraOracle(PeftOracle):
         return trained, total - sum("ranknum" in name for name, _ in model.named_parameters())
 
     def training_loss(self, model: peft.PeftModel, batch: Batch, labels: np.ndarray) -> torch.Tensor:
-        return run_theirs(model, **batch, labels=labels).loss
+        # Without a task type PEFT calls the model past AdaLoRA's own forward, which adds the orthogonality.
+        return run_theirs(model.base_model, **batch, labels=labels).loss
 
     def after_update(self, model: peft.PeftModel, step: int) -> None:
         model.base_model.update_and_allocate(step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +22,18 @@ from mindpeft import PeftConfig, PeftModel, get_peft_model
 from mindpeft.parameters import base_places
 
 LABELS = np.array([0, 2, 1, 1])
+
+
+def each_option(names: Iterable[str]) -> pytest.MarkDecorator:
+    """Parametrise a test by the ``name`` of options and the mode: by default the first one, compiled.
+
+    The slow run tries all of them in both modes.
+    """
+    first, *others = names
+    slow = pytest.mark.slow
+    cases = [pytest.param(first, "graph"), pytest.param(first, "pynative", marks=slow)]
+    cases += [pytest.param(name, mode, marks=slow) for name in others for mode in ("graph", "pynative")]
+    return pytest.mark.parametrize(("name", "mode"), cases, indirect=["mode"])
 
 
 @dataclass(frozen=True)
@@ -195,10 +207,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def base_logits(twins: ModuleType) -> np.ndarray:
-    """What the bare MindSpore twin answers; computed once."""
-    if not hasattr(twins, "base_logits"):
-        twins.base_logits = twins.logits(twins.make_model())
-    return twins.base_logits
+    """What the bare MindSpore twin answers; computed once in each mode, which round differently."""
+    known = twins.__dict__.setdefault("base_logits", {})
+    mode = ms.get_context("mode")
+    if mode not in known:
+        known[mode] = twins.logits(twins.make_model())
+    return known[mode]
 
 
 def check_merging(

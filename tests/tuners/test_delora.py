@@ -27,8 +27,8 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_reads_what_peft_wrote(twins, tmp_path, name):
+@check.each_option(OPTIONS)
+def test_reads_what_peft_wrote(mode, twins, tmp_path, name):
     check.check_reading(twins, tmp_path, DELORA, **OPTIONS[name])
 
 

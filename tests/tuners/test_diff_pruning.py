@@ -92,6 +92,7 @@ class Oracle:
         return task + L0 * term
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structured", [False, True])
 def test_training_equals_the_formulas(twins, structured):
     model = ours_with_noise(twins, structured=structured)

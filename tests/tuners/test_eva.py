@@ -60,7 +60,9 @@ def graph_mode():
     ms.set_context(mode=ms.GRAPH_MODE)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "white" else pytest.mark.slow) for name in CASES]
+)
 def test_the_ranks_and_the_factors_are_pefts(twins, tmp_path, name):
     theirs, ours = in_peft(twins, CASES[name]), here(twins, CASES[name])
     assert ms.get_context("mode") == ms.GRAPH_MODE
@@ -74,7 +76,7 @@ def test_the_ranks_and_the_factors_are_pefts(twins, tmp_path, name):
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         sign = np.sign((found[key] * value).sum(1, keepdims=True)) if "lora_A" in key else 1.0
-        np.testing.assert_allclose(found[key] * sign, value, atol=2e-3, err_msg=key)
+        np.testing.assert_allclose(found[key] * sign, value, atol=5e-3, err_msg=key)
     np.testing.assert_allclose(twins.logits(ours), twins.logits(twins.make_model()), atol=1e-6)
     ours.save_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")

@@ -39,8 +39,8 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_reads_what_peft_wrote(twins, tmp_path, name):
+@check.each_option(OPTIONS)
+def test_reads_what_peft_wrote(mode, twins, tmp_path, name):
     check.check_reading(twins, tmp_path, FOURIERFT, **OPTIONS[name])
 
 
@@ -103,7 +103,7 @@ def test_mistakes(twins, options, message):
 
 
 def test_larger_weights_than_torch_shuffles_alike_are_refused(monkeypatch):
-    monkeypatch.setattr(fourierft, "_MOST_PLACES", 60)
+    monkeypatch.setattr(fourierft, "MOST_PLACES", 60)
     with pytest.raises(
         InputError, match="FourierFT can't wrap '0': it has 64 weights, which must be under 60"
     ):

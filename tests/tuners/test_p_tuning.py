@@ -33,6 +33,7 @@ LSTM = {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 10}
 DEEP = {**LSTM, "encoder_num_layers": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("head", "options"), [("sequence", {}), ("token", LSTM)])
 def test_reading_what_peft_wrote(tmp_path, head, options):
     check_reading(METHOD, head, tmp_path, **options)
@@ -49,6 +50,7 @@ def test_pynative_gives_the_same(tmp_path):
     check_writing(METHOD, "token", tmp_path / "more", **LSTM)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, LSTM])
 def test_writing_for_peft(tmp_path, options):
     check_writing(METHOD, "sequence", tmp_path, **options)

@@ -47,6 +47,7 @@ def from_peft(tensors):
     return named
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("head", "options"),
     [
@@ -73,6 +74,7 @@ def test_pynative_gives_the_same(tmp_path):
     check_writing(METHOD, "token", tmp_path / "more", **PROJECTED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, PROJECTED])
 def test_writing_for_peft(tmp_path, options):
     check_writing(METHOD, "sequence", tmp_path, **options)

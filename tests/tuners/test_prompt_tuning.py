@@ -49,6 +49,7 @@ def tokenizer_folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", prompts.TASKS)
 def test_reading_what_peft_wrote(tmp_path, head):
     check_reading(METHOD, head, tmp_path)
@@ -74,6 +75,7 @@ def test_pynative_gives_the_same(tmp_path, head):
     check_reading(METHOD, head, tmp_path)
 
 
+@pytest.mark.slow
 def test_writing_for_peft(tmp_path):
     check_writing(METHOD, "sequence", tmp_path)
 
