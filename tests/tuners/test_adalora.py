@@ -181,6 +181,7 @@ def test_training_and_pruning_equal_pefts(twins, tmp_path, options, clip):
     assert all(np.array_equal(value, files["ours"][name]) for name, value in twice.items())
 
 
+@pytest.mark.slow
 def test_pynative_trains_the_same_and_larger_slots_change_nothing(twins, tmp_path):
     options = {**SCHEDULE, "target_modules": ["query"], "tinit": 1, "total_step": 10, "tfinal": 2}
     torch_adalora(twins, tmp_path, **options)

@@ -84,6 +84,7 @@ def test_switching():
     check_switching(METHOD, num_virtual_tokens=7)
 
 
+@pytest.mark.slow
 def test_resuming(tmp_path):
     check_resuming(METHOD, tmp_path, **PROJECTED)
 
