@@ -76,7 +76,9 @@ def test_the_ranks_and_the_factors_are_pefts(twins, tmp_path, name):
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         sign = np.sign((found[key] * value).sum(1, keepdims=True)) if "lora_A" in key else 1.0
-        np.testing.assert_allclose(found[key] * sign, value, atol=5e-3, err_msg=key)
+        # Both sides decompose roughly, each with random numbers of its own; "even" adds up more of it.
+        limit = 5e-3 if name == "even" else 2e-3
+        np.testing.assert_allclose(found[key] * sign, value, atol=limit, err_msg=key)
     np.testing.assert_allclose(twins.logits(ours), twins.logits(twins.make_model()), atol=1e-6)
     ours.save_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
