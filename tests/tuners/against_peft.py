@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -208,11 +209,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def base_logits(twins: ModuleType) -> np.ndarray:
     """What the bare MindSpore twin answers; computed once in each mode, which round differently."""
-    known = twins.__dict__.setdefault("base_logits", {})
-    mode = ms.get_context("mode")
-    if mode not in known:
-        known[mode] = twins.logits(twins.make_model())
-    return known[mode]
+    return logits_in_mode(twins, ms.get_context("mode"))
+
+
+@cache
+def logits_in_mode(twins: ModuleType, mode: int) -> np.ndarray:
+    return twins.logits(twins.make_model())
 
 
 def check_merging(
