@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -14,6 +15,12 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("GLOG_v", "3")  # MindSpore's warnings drown the test report
+
+
+def pytest_collection_finish() -> None:
+    """MindSpore collects garbage before each compilation: let it pass over what the imports brought."""
+    gc.collect()
+    gc.freeze()
 
 
 @contextmanager
