@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mindspore.nn as nn
 from mindspore import Tensor, ops
 
 _tile = ops.Tile()
@@ -16,6 +17,19 @@ def every_row(values: Tensor, like: Tensor) -> Tensor:
     return _tile(values.reshape((1, -1)), (rows, 1)).reshape(like.shape)
 
 
+class _ScaleColumns(nn.Cell):
+    """``x`` (rows, columns) times ``factors`` (columns,); the gradient of Tile would keep its input."""
+
+    def construct(self, x, factors):
+        return x * _tile(factors.reshape((1, -1)), (x.shape[0], 1))
+
+    def bprop(self, x, factors, out, dout):
+        return dout * _tile(factors.reshape((1, -1)), (x.shape[0], 1)), (dout * x).sum(0)
+
+
+_scale = _ScaleColumns()
+
+
 def scale_columns(x: Tensor, factors: Tensor) -> Tensor:
     """``x`` (..., columns) with each column multiplied by its factor, of which there are ``columns``."""
-    return x * every_row(factors, x)
+    return _scale(x.reshape((-1, x.shape[-1])), factors.reshape((-1,))).reshape(x.shape)

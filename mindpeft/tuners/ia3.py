@@ -135,8 +135,9 @@ class IA3Layer(TunerLayer):
 
     def scaled(self, x: ms.Tensor) -> ms.Tensor:
         """``x`` with its columns scaled, in its own dtype."""
-        adapted = scale_columns(ops.cast(x, self.slot_dtype), self.ia3_l)
-        return self.unless_off(ops.cast(adapted, x.dtype), x)
+        # Choosing between factors rather than between results: these are as large as the batch.
+        factors = self.unless_off(self.ia3_l, ops.ones_like(self.ia3_l))
+        return ops.cast(scale_columns(ops.cast(x, self.slot_dtype), factors), x.dtype)
 
 
 class IA3Output(IA3Layer):
@@ -185,8 +186,9 @@ class Channels(IA3Layer):
         return {"ia3_l": (1, getattr(site.cell, cls.CHANNELS), *(1 for _ in range(axes)))}
 
     def scaled(self, x: ms.Tensor) -> ms.Tensor:
-        factors = ops.tile(self.ia3_l, (x.shape[0], 1, *x.shape[2:]))
-        return self.unless_off(ops.cast(ops.cast(x, self.slot_dtype) * factors, x.dtype), x)
+        factors = self.unless_off(self.ia3_l, ops.ones_like(self.ia3_l))
+        factors = ops.tile(factors, (x.shape[0], 1, *x.shape[2:]))
+        return ops.cast(ops.cast(x, self.slot_dtype) * factors, x.dtype)
 
 
 class IA3ConvOutput(Channels, IA3Output):
