@@ -126,7 +126,8 @@ def run_reading(bases, tmp_path, name: str, head: str, size: str) -> None:
     assert_small(name, size, head, "forward", scaled_error(found, logits), case.tolerance)
     trained = oracle.trained(theirs).items()
     expected = case.renamed({key: value.grad for key, value in trained if value.grad is not None})
-    assert_small(name, size, head, "gradient", worst_gradient(gradients, expected), 1e-4)
+    worst = worst_gradient(gradients, expected)
+    assert_small(name, size, head, "gradient", worst, max(1e-4, 5 * case.tolerance))
 
 
 def gradients_of(model: PeftModel, batch: dict[str, np.ndarray], labels: np.ndarray):
