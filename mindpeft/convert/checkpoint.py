@@ -27,7 +27,9 @@ WEIGHT_NAMES = (  # in Hugging Face's order
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_CHUNK = 1 << 25  # bytes read at a time when the dtype changes on the way
+# Bytes read at a time. Of this size, memory that was let go is used again; larger blocks come from the system
+# each time, which clears them page by page, and takes longer than reading.
+_CHUNK = 1 << 23
 
 
 class TensorFile(Protocol):
@@ -83,6 +85,19 @@ class Checkpoint(Mapping[str, RawTensor]):
         info = file.infos[name]
         target = info.dtype if dtype is None else dtype_name(dtype)
         return file.read(name) if target == info.dtype else _read_converted(file, info, target)
+
+    def pieces(self, name: str, dtype: Any = None) -> Iterator[RawTensor]:
+        """The rows of a tensor, some at a time, so that it is never held whole; as `read` gives them.
+
+        Raises:
+            InputError: there is no such tensor, or its file is damaged.
+        """
+        file = self._file_of(name)
+        info = file.infos[name]
+        target = info.dtype if dtype is None else dtype_name(dtype)
+        for start, stop in _row_ranges(info):
+            piece = file.read(name, start, stop)
+            yield piece if piece.dtype == target else piece.astype(target)
 
     @property
     def total_bytes(self) -> int:
@@ -213,11 +228,17 @@ def _stays_inside(name: str) -> bool:
 def _read_converted(file: TensorFile, info: TensorInfo, dtype: str) -> RawTensor:
     """Convert while reading, some rows at a time: the file's own dtype is never held whole."""
     result = RawTensor(dtype, info.shape, empty_bytes(info.size * element_size(dtype)))
-    if not info.shape:
-        convert_into(result, 0, file.read(info.name))
-        return result
-    row = info.size // max(info.shape[0], 1)
-    rows = max(_CHUNK // max(row * element_size(info.dtype), 1), 1)
-    for start in range(0, info.shape[0], rows):
-        convert_into(result, start * row, file.read(info.name, start, start + rows))
+    row = info.size // max(info.shape[0], 1) if info.shape else 0
+    for start, stop in _row_ranges(info):
+        convert_into(result, start * row, file.read(info.name, start, stop))
     return result
+
+
+def _row_ranges(info: TensorInfo) -> Iterator[tuple[int, int | None]]:
+    """Leading rows, from and to, of about ``_CHUNK`` bytes each; for a scalar the whole."""
+    if not info.shape:
+        yield 0, None
+        return
+    rows = max(_CHUNK * info.shape[0] // max(info.nbytes, 1), 1)
+    for start in range(0, info.shape[0], rows):
+        yield start, start + rows

@@ -21,6 +21,7 @@ from mindpeft.convert.tensors import (
     TensorInfo,
     element_size,
     empty_bytes,
+    is_count,
     is_shape,
 )
 from mindpeft.errors import InputError
@@ -175,7 +176,7 @@ def _check_entry(name: str, entry: Any, path: Path) -> tuple[int, int, TensorInf
         raise InputError(f"{path}: tensor {name!r} has dtype {dtype!r}; allowed: {', '.join(STORAGE)}")
     if not is_shape(shape):
         raise InputError(f"{where} has shape {shape!r}")
-    if not is_shape(offsets) or len(offsets) != 2:
+    if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(is_count, offsets))):
         raise InputError(f"{where} has data_offsets {offsets!r}")
     info = TensorInfo(name, dtype, tuple(shape), path)
     begin, end = offsets
@@ -214,15 +215,17 @@ def stream_safetensors(
     entries = sorted(tensors, key=lambda item: (-element_size(item[1].dtype), item[0]))
     file.write(_header(entries, {"format": "pt"} if metadata is None else metadata))
     for name, tensor in entries:
-        value = tensor.load()
-        if (value.dtype, value.shape) != (tensor.dtype, tensor.shape):
-            raise ValueError(
-                f"{name}: promised {tensor.dtype} {tensor.shape}, got {value.dtype} {value.shape}"
-            )
-        view = memoryview(value.data)
-        for start in range(0, value.nbytes, _WRITE_CHUNK):
-            file.write(view[start : start + _WRITE_CHUNK])
-        yield name, value.nbytes
+        written = 0
+        for part in tensor.parts():
+            view = memoryview(part.data)
+            for start in range(0, part.nbytes, _WRITE_CHUNK):
+                file.write(view[start : start + _WRITE_CHUNK])
+            written += part.nbytes
+            if part.dtype != tensor.dtype:
+                raise ValueError(f"{name}: promised {tensor.dtype}, got {part.dtype}")
+        if written != tensor.nbytes:
+            raise ValueError(f"{name}: promised {tensor.nbytes} bytes, got {written}")
+        yield name, written
 
 
 def _header(entries: list[tuple[str, RawTensor | LazyTensor]], metadata: Mapping[str, str]) -> bytes:

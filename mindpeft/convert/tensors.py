@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,9 +78,14 @@ def is_shape(value: Any) -> bool:
     return (
         isinstance(value, list | tuple)
         and len(value) <= _MAX_DIMENSIONS
-        and all(type(size) is int and size >= 0 for size in value)
+        and all(map(is_count, value))
         and math.prod(size for size in value if size) < 2**59
     )
+
+
+def is_count(value: Any) -> bool:
+    """Whether ``value``, from an untrusted file, is a whole number that a file's size or a step can be."""
+    return type(value) is int and 0 <= value < 2**63
 
 
 def empty_bytes(nbytes: int) -> np.ndarray:
@@ -138,6 +143,10 @@ class RawTensor:
         """Return itself: a value is the simplest case of a ``LazyTensor``."""
         return self
 
+    def parts(self) -> Iterator[RawTensor]:
+        """Yield itself, as the one part that it has."""
+        yield self
+
     def stored(self) -> np.ndarray:
         """The value as an array of its storage dtype, without a copy: bfloat16 as its uint16 bits."""
         return self.data.view(STORAGE[self.dtype]).reshape(self.shape)
@@ -190,11 +199,24 @@ class RawTensor:
 
 @dataclass(frozen=True, eq=False)
 class LazyTensor:
-    """A tensor whose value is fetched when a writer comes to it, so that a model is never held twice."""
+    """A tensor whose value is fetched when a writer comes to it, so that a model is never held twice.
+
+    Attributes:
+        load: fetches it.
+        pieces: fetches it some rows at a time, if it can be had so.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     load: Callable[[], RawTensor]
+    pieces: Callable[[], Iterator[RawTensor]] | None = None
+
+    def parts(self) -> Iterator[RawTensor]:
+        """The value, whole or some rows at a time."""
+        if self.pieces is None:
+            yield self.load()
+        else:
+            yield from self.pieces()
 
     @property
     def nbytes(self) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from mindpeft.convert.tensors import STORAGE, is_shape
+from mindpeft.convert.tensors import STORAGE, is_count, is_shape
 from mindpeft.errors import InputError
 
 _STORAGES = {
@@ -118,7 +118,7 @@ class Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> StorageRef:
         """Return the description of a storage that lies outside the pickle."""
         kind, storage_type, key, _location, size, *view = pid
-        if kind != "storage" or not isinstance(storage_type, _StorageType) or not _is_count(size):
+        if kind != "storage" or not isinstance(storage_type, _StorageType) or not is_count(size):
             raise ValueError("a malformed storage")
         whole = self.storages.setdefault(str(key), StorageRef(str(key), storage_type.dtype, 0, size))
         if whole.dtype != storage_type.dtype:
@@ -126,7 +126,7 @@ class Unpickler(pickle.Unpickler):
         if not view or view[0] is None:
             return whole
         _view_key, first, view_size = view[0]
-        if not (_is_count(first) and _is_count(view_size) and first + view_size <= whole.size):
+        if not (is_count(first) and is_count(view_size) and first + view_size <= whole.size):
             raise ValueError(f"a view outside of storage {key}")
         return StorageRef(whole.key, whole.dtype, first, view_size)
 
@@ -225,9 +225,10 @@ def _check_tensor(name: str, tensor: TensorRef, path: Path) -> None:
         isinstance(tensor.storage, StorageRef)
         and isinstance(tensor.dtype, str)
         and tensor.dtype in STORAGE
-        and _is_count(tensor.offset)
+        and is_count(tensor.offset)
         and is_shape(tensor.shape)
-        and is_shape(tensor.stride)
+        and isinstance(tensor.stride, list | tuple)
+        and all(map(is_count, tensor.stride))
         and len(tensor.stride) == len(tensor.shape)
     )
     if not well_formed:
@@ -236,7 +237,3 @@ def _check_tensor(name: str, tensor: TensorRef, path: Path) -> None:
 
 def _kind(value: Any) -> str:
     return "tensor" if isinstance(value, TensorRef) else type(value).__name__
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0

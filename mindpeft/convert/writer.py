@@ -205,7 +205,8 @@ def _lazily(checkpoint: Checkpoint, target: str | None) -> Iterator[Named]:
     for name in checkpoint.names():
         info = checkpoint.info(name)
         dtype = target if target is not None and info.dtype in FLOATS else info.dtype
-        yield name, LazyTensor(dtype, info.shape, partial(checkpoint.read, name, dtype))
+        read = partial(checkpoint.read, name, dtype)
+        yield name, LazyTensor(dtype, info.shape, read, partial(checkpoint.pieces, name, dtype))
 
 
 def _copy_companions(src: Path, folder: Path, target: str | None) -> None:

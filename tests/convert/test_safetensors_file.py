@@ -185,6 +185,23 @@ def test_failed_write_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_of_gigabytes(tmp_path):
+    """Of holes, but for its last tensor: offsets are no dimensions, whatever their product."""
+    size = 3 << 30
+    header = {
+        "large": entry("U8", [size], [0, size]),
+        "last": entry("U8", [4], [size, size + 4]),
+    }
+    path = raw_file(tmp_path / "model.safetensors", header)
+    with open(path, "r+b") as file:
+        file.seek(size, 2)
+        file.write(b"abcd")
+    opened = SafetensorsFile(path)
+    assert opened.read("last").data.tobytes() == b"abcd"
+    assert opened.read("large", size - 2, size).data.tobytes() == bytes(2)
+    opened.close()
+
+
 def test_lazy_value_must_keep_its_promise(tmp_path):
     lazy = LazyTensor("F32", (3,), lambda: RawTensor.from_numpy(np.ones(2, np.float32)))
     with pytest.raises(ValueError, match="promised"):
