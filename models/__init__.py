@@ -4,6 +4,7 @@ from mindpeft.data.tokenization import AutoTokenizer
 from mindpeft.models.auto import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -13,6 +14,7 @@ from mindpeft.models.auto import (
 __all__ = [
     "AutoConfig",
     "AutoModel",
+    "AutoModelForCausalLM",
     "AutoModelForMaskedLM",
     "AutoModelForQuestionAnswering",
     "AutoModelForSequenceClassification",

@@ -12,7 +12,29 @@ from mindpeft.models.config import CONFIG_NAME, PretrainedConfig, read_config
 from mindpeft.models.pretrained import PreTrainedModel
 
 # model_type -> the file under models/ that defines it
-MODEL_FILES = {"bert": "bert"}
+MODEL_FILES = {
+    "bert": "bert",
+    "bloom": "bloom",
+    "chatglm": "chatglm",
+    "distilbert": "distilbert",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "glm": "glm",
+    "glm4": "glm4",
+    "gpt2": "gpt2",
+    "gpt_neo": "gpt_neo",
+    "gpt_neox": "gpt_neox",
+    "internlm2": "internlm2",
+    "llama": "llama",
+    "mistral": "mistral",
+    "opt": "opt",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "roberta": "roberta",
+    "xlm-roberta": "xlm_roberta",
+}
 
 
 def architecture(model_type: Any, where: str) -> ModuleType:
@@ -83,6 +105,10 @@ class AutoModelForTokenClassification(_Auto):
 
 class AutoModelForQuestionAnswering(_Auto):
     """Start and end of an answer."""
+
+
+class AutoModelForCausalLM(_Auto):
+    """The next token."""
 
 
 class AutoModelForMaskedLM(_Auto):

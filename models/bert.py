@@ -70,14 +70,17 @@ class BertEmbeddings(nn.Cell):
 
     def construct(self, input_ids, token_type_ids=None, position_ids=None, inputs_embeds=None):
         words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        batch, length = words.shape[:2]
         if position_ids is None:
-            length = check_length(length, self.positions.shape[0])
-            position_ids = ops.tile(self.positions[:length].reshape((1, length)), (batch, 1))
+            position_ids = self.default_positions(input_ids, words)
         if token_type_ids is None:
-            token_type_ids = ops.zeros((batch, length), ms.int32)
+            token_type_ids = ops.zeros(words.shape[:2], ms.int32)
         embedded = words + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)
         return self.dropout(self.LayerNorm(embedded))
+
+    def default_positions(self, input_ids, words):
+        """Where tokens stand if a call does not say; runs inside a graph."""
+        length = check_length(words.shape[1], self.positions.shape[0])
+        return ops.tile(self.positions[:length].reshape((1, length)), (words.shape[0], 1))
 
 
 class BertSelfAttention(nn.Cell):
@@ -193,9 +196,11 @@ class BertPreTrainedModel(PreTrainedModel):
 class BertModel(BertPreTrainedModel):
     """The encoder with its pooler: features."""
 
+    embeddings_class: ClassVar[type[BertEmbeddings]] = BertEmbeddings
+
     def __init__(self, config: BertConfig, add_pooling_layer: bool = True):
         super().__init__(config)
-        self.embeddings = BertEmbeddings(config)
+        self.embeddings = self.embeddings_class(config)
         self.encoder = BertEncoder(config)
         self.pooler = BertPooler(config) if add_pooling_layer else None
         self.additive_mask = AdditiveMask(config.num_attention_heads)
@@ -234,7 +239,8 @@ class BertModel(BertPreTrainedModel):
         return states[-1], pooled
 
 
-def _head_dropout(config: BertConfig) -> nn.Cell:
+def head_dropout(config: BertConfig) -> nn.Cell:
+    """The dropout before a classifier."""
     rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
     return dropout(rate)
 
@@ -245,7 +251,7 @@ class BertForSequenceClassification(BertPreTrainedModel):
     def __init__(self, config: BertConfig):
         super().__init__(config)
         self.bert = BertModel(config)
-        self.dropout = _head_dropout(config)
+        self.dropout = head_dropout(config)
         self.classifier = Linear(config.hidden_size, config.num_labels)
 
     def construct(
@@ -277,9 +283,11 @@ class BertForSequenceClassification(BertPreTrainedModel):
 class BertTokenModel(BertPreTrainedModel):
     """What the models with an output for each token share; they define ``scores`` and ``loss``."""
 
+    backbone: ClassVar[type[BertModel]] = BertModel
+
     def __init__(self, config: BertConfig):
         super().__init__(config)
-        self.bert = BertModel(config, add_pooling_layer=False)
+        setattr(self, self.base_model_prefix, self.backbone(config, add_pooling_layer=False))
 
     def construct(
         self,
@@ -291,7 +299,8 @@ class BertTokenModel(BertPreTrainedModel):
         inputs_embeds=None,
     ):
         """Return logits, or ``(loss, logits)`` with labels; the inputs are those of :class:`BertModel`."""
-        hidden = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)[0]
+        encoder = getattr(self, self.base_model_prefix)
+        hidden = encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)[0]
         logits = self.scores(hidden)
         return logits if labels is None else (self.loss(logits, labels), logits)
 
@@ -304,7 +313,7 @@ class BertForTokenClassification(BertTokenModel):
 
     def __init__(self, config: BertConfig):
         super().__init__(config)
-        self.dropout = _head_dropout(config)
+        self.dropout = head_dropout(config)
         self.classifier = Linear(config.hidden_size, config.num_labels)
 
     def scores(self, hidden):

@@ -135,8 +135,11 @@ class PretrainedConfig:
         return {entry.name for entry in fields(cls)} - {"extra"}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the keys of ``config.json``."""
+        """Return the keys of ``config.json``; what is none by default is left out where it is none."""
         own = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        for entry in fields(self):
+            if entry.default is None and own[entry.name] is None:
+                del own[entry.name]  # some classes of transformers stumble over a null
         own.pop("extra")
         own.pop("name_or_path")
         own["id2label"] = {str(number): name for number, name in self.id2label.items()}
@@ -166,6 +169,7 @@ _TYPE_NAMES = {
     str: "a text",
     bool: "true or false",
     dict: "an object",
+    list: "a list",
     NoneType: "null",
 }
 

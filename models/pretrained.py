@@ -17,7 +17,7 @@ from mindpeft.convert.tensors import LazyTensor
 from mindpeft.convert.writer import save_checkpoint
 from mindpeft.errors import InputError, did_you_mean
 from mindpeft.models.config import PretrainedConfig, read_config
-from mindpeft.nn import LayerNorm
+from mindpeft.nn import LayerNorm, RMSNorm
 
 DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
 
@@ -107,8 +107,8 @@ class PreTrainedModel(nn.Cell):
                     continue
                 done.add(id(parameter))
                 value = np.zeros(parameter.shape, np.float32)
-                if leaf == "weight" and isinstance(cell, LayerNorm):
-                    value[:] = 1.0
+                if leaf == "weight" and isinstance(cell, LayerNorm | RMSNorm):
+                    value[:] = 1.0 - getattr(cell, "offset", 0.0)
                 elif leaf == "weight":
                     value[:] = np.random.standard_normal(parameter.shape) * std
                     if getattr(cell, "padding_idx", None) is not None:

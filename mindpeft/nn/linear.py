@@ -1,17 +1,21 @@
-"""The linear layer."""
+"""The linear layer, and the same with its weight the other way round."""
 
 from __future__ import annotations
 
 import mindspore as ms
 import mindspore.nn as nn
-from mindspore import Tensor
+from mindspore import Tensor, ops
 
 from mindpeft.nn.parameter import empty_parameter
 from mindpeft.ops.linear import linear
 
 
 class Linear(nn.Cell):
-    """``y = x @ weight.T + bias`` with PyTorch's names and layout: weight (out, in), bias (out,)."""
+    """``y = x @ weight.T + bias`` with PyTorch's names and layout: weight (out, in), bias (out,).
+
+    Attributes:
+        is_product: that ``x @ weight.T`` is all it computes, with no bias and no layer around it.
+    """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, dtype: ms.Type = ms.float32):
         super().__init__()
@@ -19,6 +23,24 @@ class Linear(nn.Cell):
         self.out_features = out_features
         self.weight = empty_parameter((out_features, in_features), dtype)
         self.bias = empty_parameter((out_features,), dtype) if bias else None
+        self.is_product = not bias
 
     def construct(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+class Conv1D(nn.Cell):
+    """``y = x @ weight + bias`` with GPT-2's layout: weight (in, out), bias (out,)."""
+
+    def __init__(self, in_features: int, out_features: int, dtype: ms.Type = ms.float32):
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = empty_parameter((in_features, out_features), dtype)
+        self.bias = empty_parameter((out_features,), dtype)
+        self.matmul = ops.MatMul()
+        self.bias_add = ops.BiasAdd()
+
+    def construct(self, x: Tensor) -> Tensor:
+        rows = self.bias_add(self.matmul(x.reshape((-1, self.in_features)), self.weight), self.bias)
+        return rows.reshape((*x.shape[:-1], self.out_features))

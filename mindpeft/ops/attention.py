@@ -8,6 +8,7 @@ import mindspore as ms
 import mindspore.nn as nn
 from mindspore import Tensor, ops
 
+from mindpeft.ops.activations import tanh
 from mindpeft.ops.device import on_cpu
 from mindpeft.ops.dropout import dropout as dropout_cell
 
@@ -71,29 +72,75 @@ class MergeHeads(nn.Cell):
 
 
 class Attention(nn.Cell):
-    """``softmax(q k^T / sqrt(size) + mask) v`` with dropout on the weights (Vaswani et al., 2017)."""
+    """``softmax(scale q k^T + mask) v`` with dropout on the weights (Vaswani et al., 2017).
 
-    def __init__(self, dropout: float = 0.0):
+    Several heads of queries may share one of keys and values (Ainslie et al., 2023).
+
+    Args:
+        dropout: the share of weights set to zero while training.
+        scale: of the scores; ``1 / sqrt(size)`` if None.
+        softcap: bounds the scores by ``softcap * tanh(scores / softcap)``.
+    """
+
+    def __init__(self, dropout: float = 0.0, scale: float | None = None, softcap: float | None = None):
         super().__init__()
+        self.scale = scale
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.mix = ops.BatchMatMul()
         self.softmax = softmax()
         self.dropout = dropout_cell(dropout)
+        self.softcap = None if softcap is None else SoftCap(softcap)
+        self.tile = ops.Tile()
 
     def construct(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """Mix the values.
 
         Args:
-            query, key, value: (batch, heads, length, size).
-            mask: added to the scores, broadcasts to (batch, heads, queries, keys).
+            query: (batch, heads, length, size).
+            key, value: (batch, key heads, keys, size); the heads are a multiple of the key heads.
+            mask: added to the scores, broadcasts to (batch, heads, length, keys).
 
         Returns:
             Tensor of the query's shape.
         """
-        scores = self.scores(query * (1.0 / math.sqrt(query.shape[-1])), key)
+        shape, key_heads = query.shape, key.shape[1]
+        query = query * (1.0 / math.sqrt(shape[-1]) if self.scale is None else self.scale)
+        if shape[1] != key_heads:  # the queries of a key's heads one below the other
+            query = query.reshape((shape[0], key_heads, -1, shape[-1]))
+            mask = None if mask is None else self.grouped(mask, shape, key_heads)
+        scores = self.scores(query, key)
+        if self.softcap is not None:
+            scores = self.softcap(scores)
         if mask is not None:
             scores = scores + mask
-        return self.mix(self.dropout(self.softmax(scores)), value)
+        mixed = self.mix(self.dropout(self.softmax(scores)), value)
+        return mixed.reshape((*shape[:3], value.shape[-1]))
+
+    def grouped(self, mask: Tensor, shape: tuple[int, ...], key_heads: int) -> Tensor:
+        """A mask for queries of shape (batch, heads, length, size) in groups."""
+        if mask.shape[1] == shape[1]:
+            return mask.reshape((mask.shape[0], key_heads, -1, mask.shape[-1]))
+        if mask.shape[2] == 1:
+            return mask
+        return self.tile(mask, (1, 1, shape[1] // key_heads, 1))
+
+
+class SoftCap(nn.Cell):
+    """``limit * tanh(x / limit)``."""
+
+    def __init__(self, limit: float):
+        super().__init__()
+        self.limit = limit
+        self.tanh = tanh()
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.tanh(x * (1.0 / self.limit)) * self.limit
+
+
+def lowest(dtype: ms.Type) -> float:
+    """What is added to the scores of positions that are not seen."""
+    # Half of float16's range: the whole, plus a negative score, would be -inf, and a row of it NaN.
+    return -32752.0 if dtype == ms.float16 else -3.3895314e38
 
 
 class AdditiveMask(nn.Cell):
@@ -123,9 +170,7 @@ class AdditiveMask(nn.Cell):
         elif mask.ndim == 3:
             mask = mask.reshape((mask.shape[0], 1, mask.shape[1], mask.shape[2]))
         if not additive:
-            # Half of float16's range: the whole, plus a negative score, would be -inf, and a row of it NaN.
-            lowest = -32752.0 if dtype == ms.float16 else -3.3895314e38
-            mask = (1.0 - mask.astype(ms.float32)) * lowest
+            mask = (1.0 - mask.astype(ms.float32)) * lowest(dtype)
         mask = mask.astype(dtype)
         if self.expand:  # once here, rather than a broadcast that keeps its buffers in every layer
             mask = self.tile(mask, (1, self.heads // mask.shape[1], queries // mask.shape[2], 1))

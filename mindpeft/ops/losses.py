@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mindspore as ms
+import mindspore.nn as nn
 from mindspore import Tensor, ops
 
 IGNORED_LABEL = -100
@@ -24,6 +25,103 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     log_probabilities = ops.log_softmax(rows, -1)
     chosen = ops.gather_elements(log_probabilities, 1, ops.maximum(labels, 0).reshape((-1, 1))).reshape((-1,))
     return -(chosen * counted).sum() / ops.maximum(counted.sum(), 1.0)
+
+
+def causal_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of each token given those before it.
+
+    Args:
+        logits: (batch, length, vocabulary).
+        labels: (batch, length), the tokens themselves; -100 leaves one out.
+    """
+    return cross_entropy(logits, next_labels(labels))
+
+
+def next_labels(labels: Tensor) -> Tensor:
+    """What comes behind each token, (batch, length); -100 behind the last."""
+    none = ops.full((labels.shape[0], 1), IGNORED_LABEL, dtype=labels.dtype)
+    return ops.concat((labels[:, 1:], none), 1)
+
+
+class ProjectedCrossEntropy(nn.Cell):
+    """Mean cross-entropy of ``hidden @ weight.T``, whose logits are never all in memory.
+
+    The gradient of the hidden states is worked out with the loss, some rows at a time: it is
+    ``softmax(logits) @ weight - weight[label]`` for each. That of the weight takes the logits a second time;
+    a graph in which the weight is frozen does not hold it.
+
+    Args:
+        rows: how many rows of logits there are at once.
+    """
+
+    def __init__(self, rows: int = 256):
+        super().__init__()
+        self.parts = _LossAndGradient(rows)
+
+    def construct(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        """
+        Args:
+            hidden: (..., width).
+            weight: (vocabulary, width).
+            labels: (...), integers; -100 leaves one out.
+
+        Returns:
+            Scalar of dtype float32.
+        """
+        rows = hidden.reshape((-1, hidden.shape[-1]))
+        return self.parts(rows, weight, labels.reshape((-1,)).astype(ms.int32))[0]
+
+
+class _LossAndGradient(nn.Cell):
+    """``(loss, gradient of the hidden states)``, hidden (n, width), labels (n,)."""
+
+    def __init__(self, rows: int):
+        super().__init__()
+        self.rows = rows
+        self.project = ops.MatMul(transpose_b=True)
+        self.mix = ops.MatMul()
+        self.outer = ops.MatMul(transpose_a=True)
+        self.softmax = ops.Softmax(-1)
+        self.largest = ops.ReduceMax()
+        self.concat = ops.Concat(0)
+        self.tile = ops.Tile()
+
+    def weights(self, labels):
+        """What each row counts in the mean, (n,)."""
+        counted = (labels != IGNORED_LABEL).astype(ms.float32)
+        return counted * ops.reciprocal(ops.maximum(counted.sum(), 1.0))
+
+    def construct(self, hidden, weight, labels):
+        shares, loss, gradients = self.weights(labels), 0.0, ()
+        for start in range(0, hidden.shape[0], self.rows):
+            some, wanted = hidden[start : start + self.rows], labels[start : start + self.rows]
+            logits = self.project(some, weight)
+            shared = self.softmax(logits.astype(ms.float32))
+            own = ops.gather(weight, ops.maximum(wanted, 0), 0)
+            # log sum exp = max - log(largest share), which can't underflow
+            top = self.largest(logits, 1).astype(ms.float32) - ops.log(self.largest(shared, 1))
+            chosen = (some.astype(ms.float32) * own.astype(ms.float32)).sum(1)
+            share = shares[start : start + self.rows]
+            loss = loss + ((top - chosen) * share).sum()
+            change = self.mix(shared.astype(weight.dtype), weight) - own
+            scale = self.tile(share.reshape((-1, 1)), (1, hidden.shape[1]))
+            gradients = (*gradients, change * scale.astype(change.dtype))
+        return loss, self.concat(gradients)
+
+    def bprop(self, hidden, weight, labels, out, dout):
+        shares, change = self.weights(labels), ops.zeros_like(weight)
+        for start in range(0, hidden.shape[0], self.rows):
+            some, wanted = hidden[start : start + self.rows], labels[start : start + self.rows]
+            scale = self.tile(shares[start : start + self.rows].reshape((-1, 1)), (1, hidden.shape[1]))
+            scaled = some * scale.astype(some.dtype)
+            shared = self.softmax(self.project(some, weight).astype(ms.float32)).astype(weight.dtype)
+            change = change + self.outer(shared, scaled)
+            change = ops.index_add(change, ops.maximum(wanted, 0), -scaled, 0)
+        return (
+            out[1] * dout[0].astype(out[1].dtype),
+            change * dout[0].astype(change.dtype),
+            ops.zeros_like(labels),
+        )
 
 
 def span_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""Layer normalisation."""
+"""Layer normalisation and its variant without a mean."""
 
 from __future__ import annotations
 
+import mindspore as ms
 import mindspore.nn as nn
 from mindspore import Tensor, ops
 
@@ -65,3 +66,60 @@ class CpuLayerNorm(nn.Cell):
 def layer_norm(eps: float) -> nn.Cell:
     """Return the Cell ``(x, weight, bias) -> y`` for the current device; weight and bias are (width,)."""
     return CpuLayerNorm(eps) if on_cpu() else LayerNorm(eps)
+
+
+class RmsNorm(nn.Cell):
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis (Zhang and Sennrich, 2019), in float32."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.eps = eps
+
+    def construct(self, x: Tensor, weight: Tensor) -> Tensor:
+        wide = x.astype(ms.float32)
+        scale = ops.rsqrt(ops.square(wide).mean(-1, keep_dims=True) + self.eps)
+        return (wide * scale * weight.astype(ms.float32)).astype(x.dtype)
+
+
+class _NormAndScale(nn.Cell):
+    """``(x scale weight, scale)``; scale (rows,) is returned so that the backward pass has it."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.row_sum = ops.ReduceSum(keep_dims=True)
+        self.tile = ops.Tile()
+
+    def construct(self, x, weight):
+        width = x.shape[-1]
+        rows = x.reshape((-1, width))
+        scale = ops.rsqrt(self.row_sum(ops.square(rows), -1) * (1.0 / width) + self.eps)
+        down = self.tile(weight.reshape((1, -1)), (rows.shape[0], 1))
+        return (rows * self.tile(scale, (1, width)) * down).reshape(x.shape), scale
+
+    def bprop(self, x, weight, out, dout):
+        width = x.shape[-1]
+        rows, dy = x.reshape((-1, width)), dout[0].reshape((-1, width))
+        across, down = (1, width), (rows.shape[0], 1)
+        scale = self.tile(out[1], across)
+        normed = rows * scale
+        dnormed = dy * self.tile(weight.reshape((1, -1)), down)
+        shared = self.tile(self.row_sum(dnormed * normed, -1) * (1.0 / width), across)
+        return ((dnormed - normed * shared) * scale).reshape(x.shape), (dy * normed).sum(0)
+
+
+class CpuRmsNorm(nn.Cell):
+    """RMS normalisation for the CPU, where a broadcast keeps its buffers."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.norm_and_scale = _NormAndScale(eps)
+
+    def construct(self, x: Tensor, weight: Tensor) -> Tensor:
+        wide = self.norm_and_scale(x.astype(ms.float32), weight.astype(ms.float32))[0]
+        return wide.astype(x.dtype)
+
+
+def rms_norm(eps: float) -> nn.Cell:
+    """Return the Cell ``(x, weight) -> y`` for the current device; weight is (width,)."""
+    return CpuRmsNorm(eps) if on_cpu() else RmsNorm(eps)

@@ -11,7 +11,14 @@ import torch
 import torch.nn.functional as F
 from mindspore import Tensor
 
-from mindpeft.ops.losses import binary_cross_entropy, classification_loss, cross_entropy, mean_squared_error
+from mindpeft.ops.losses import (
+    ProjectedCrossEntropy,
+    binary_cross_entropy,
+    causal_loss,
+    classification_loss,
+    cross_entropy,
+    mean_squared_error,
+)
 from tests.ops.compare import assert_close, run, run_torch
 
 RNG = np.random.default_rng(8)
@@ -108,3 +115,39 @@ def test_the_loss_is_chosen_as_hugging_face_chooses(problem_type, count, kind, e
         "bce": lambda: F.binary_cross_entropy_with_logits(t, y),
     }[expected]()
     assert loss == pytest.approx(float(wanted), rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7, 100])
+def test_projected_cross_entropy(rows):
+    """Of logits that are never all there: the value, and the gradients of hidden states and weight."""
+    hidden, weight = (RNG.normal(0, 2, shape).astype(np.float32) for shape in ((2, 7, 12), (19, 12)))
+    labels = RNG.integers(0, 19, (2, 7)).astype(np.int32)
+    labels[0, :3] = -100
+    loss = ProjectedCrossEntropy(rows)
+    found = run(lambda h, w: loss(h, w, Tensor(labels)).reshape((1,)), hidden, weight)
+
+    def plain(h, w):
+        return F.cross_entropy((h @ w.T).flatten(0, 1), torch.tensor(labels).flatten().long()).reshape(1)
+
+    assert_close(found, run_torch(plain, hidden, weight), 1e-5)
+
+
+def test_projected_cross_entropy_of_large_logits_and_of_nothing():
+    hidden, weight = RNG.normal(0, 60, (5, 4)).astype(np.float32), RNG.normal(size=(9, 4)).astype(np.float32)
+    labels = RNG.integers(0, 9, 5).astype(np.int32)
+    loss = ProjectedCrossEntropy(2)
+    found = float(loss(Tensor(hidden), Tensor(weight), Tensor(labels)))
+    expected = F.cross_entropy(
+        torch.tensor(hidden).double() @ torch.tensor(weight).double().T, torch.tensor(labels).long()
+    )
+    assert found == pytest.approx(float(expected), rel=1e-5)
+    assert float(loss(Tensor(hidden), Tensor(weight), Tensor(np.full(5, -100, np.int32)))) == 0
+
+
+def test_causal_loss_is_of_the_next_token():
+    x, labels = RNG.normal(size=(2, 6, 9)).astype(np.float32), RNG.integers(0, 9, (2, 6)).astype(np.int32)
+    labels[1, 4:] = -100
+    wanted = F.cross_entropy(
+        torch.tensor(x)[:, :-1].flatten(0, 1), torch.tensor(labels)[:, 1:].flatten().long()
+    )
+    assert float(causal_loss(Tensor(x), Tensor(labels))) == pytest.approx(float(wanted), rel=1e-5)

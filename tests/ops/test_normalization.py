@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mindpeft.ops.normalization import CpuLayerNorm, LayerNorm
+from mindpeft.ops.normalization import CpuLayerNorm, CpuRmsNorm, LayerNorm, RmsNorm
 from tests.ops.compare import assert_close, run, run_torch
 
 SHAPES = [(1, 1, 5), (3, 7, 33), (2, 384), (4, 1, 2)]
@@ -50,3 +50,12 @@ def test_constant_rows_stay_finite():
 def test_float16():
     arguments = inputs((3, 7, 32), dtype=np.float16)
     assert_close(run(CpuLayerNorm(1e-5), *arguments), run_torch(theirs(1e-5), *arguments), 1e-2)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale", [1.0, 1e4, 1e-3])
+def test_rms_norm(shape, scale):
+    x, weight, _ = inputs(shape, scale)
+    expected = run_torch(lambda x, w: torch.nn.functional.rms_norm(x, w.shape, w, 1e-6), x, weight)
+    for norm in (CpuRmsNorm, RmsNorm):
+        assert_close(run(norm(1e-6), x, weight), expected, 1e-5)
