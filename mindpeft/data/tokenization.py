@@ -9,7 +9,9 @@ from typing import Any
 
 import tokenizers
 
-from mindpeft.data.tokenizer_files import TokenizerFiles, read_tokenizer_folder, write_tokenizer_folder
+from mindpeft.data.chat_template import Message, render
+from mindpeft.data.named_templates import TEMPLATES
+from mindpeft.data.tokenizer_files import ROLES, TokenizerFiles, read_tokenizer_folder, write_tokenizer_folder
 from mindpeft.errors import InputError, did_you_mean
 
 NO_LIMIT = 1_000_000  # transformers writes 1e30 as model_max_length where a model has none
@@ -177,6 +179,56 @@ class Tokenizer:
     def special_tokens_map(self) -> dict[str, str]:
         """``cls_token`` -> ``[CLS]`` and so on, for the roles that this tokenizer has."""
         return {f"{role}_token": token for role, token in self._files.special_tokens.items()}
+
+    @property
+    def chat_template(self) -> str | None:
+        """The checkpoint's own template of conversations, Jinja text; None if it has none."""
+        return self._files.chat_template
+
+    @property
+    def template_variables(self) -> dict[str, str]:
+        """What chat templates may use: ``bos_token``, ``eos_token`` and so on, empty where there is none."""
+        return {f"{role}_token": self._files.special_tokens.get(role, "") for role in ROLES}
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Message],
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+        **variables: Any,
+    ) -> str | list[int]:
+        """A conversation as one text, or its tokens.
+
+        Args:
+            conversation: messages with ``role`` and ``content``.
+            chat_template: Jinja text, or the name of a template; the checkpoint's own if None.
+            add_generation_prompt: end with what introduces the assistant's next words.
+            tokenize: return token ids; else the text.
+            variables: what else the template may use.
+
+        Raises:
+            InputError: there is no template, or it refuses the conversation.
+        """
+        template = TEMPLATES.get(chat_template, chat_template) or self.chat_template
+        if template is None:
+            raise InputError(
+                f"this tokenizer has no chat template: give chat_template, such as {', '.join(TEMPLATES)}"
+            )
+        text = render(
+            template,
+            conversation,
+            add_generation_prompt=add_generation_prompt,
+            **{**self.template_variables, **variables},
+        )
+        return self(text, truncation=False, add_special_tokens=False)["input_ids"] if tokenize else text
+
+    @property
+    def added_tokens(self) -> tuple[str, ...]:
+        """The tokens beside the vocabulary, and the special ones in it."""
+        added = [token.content for token in self._backend.get_added_tokens_decoder().values()]
+        return tuple(dict.fromkeys([*added, *self._files.special_tokens.values()]))
 
     @property
     def all_special_ids(self) -> list[int]:

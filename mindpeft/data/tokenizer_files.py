@@ -1,4 +1,8 @@
-"""Tokenizer folders of Hugging Face, in and out: ``tokenizer.json``, or BERT's ``vocab.txt`` alone."""
+"""Tokenizer folders of Hugging Face, in and out.
+
+``tokenizer.json`` says all; without it BERT's ``vocab.txt``, a SentencePiece model, or GPT-2's and Qwen's
+``vocab.json`` with ``merges.txt`` do, together with what ``tokenizer_config.json`` adds.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
-from tokenizers.models import WordPiece
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE, WordPiece
 
+from mindpeft.data.sentencepiece_file import add_bos_and_eos, backend_from_sentencepiece
 from mindpeft.errors import InputError
 from mindpeft.files import atomic_write, read_json, write_json
 
 ROLES = ("unk", "sep", "pad", "cls", "mask", "bos", "eos")
 WORDPIECE_TOKENS = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
-LOOKED_FOR = ("tokenizer.json", "vocab.txt")
+SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+LOOKED_FOR = ("tokenizer.json", "vocab.txt", *SENTENCEPIECE_FILES, "vocab.json with merges.txt")
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+# How Qwen2 and later cut texts into words before byte pair encoding; GPT-2's way is built in.
+_QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 # tokenizer_config.json's key -> BertNormalizer's attribute, and what holds when the file is silent
 NORMALIZER_KEYS = {
     "do_lower_case": ("lowercase", True),
@@ -31,11 +43,13 @@ class TokenizerFiles:
         backend: the Rust tokenizer, with no truncation and no padding switched on.
         config: the contents of ``tokenizer_config.json``, ``{}`` if there is none.
         special_tokens: role (``"cls"``, ``"pad"``...) -> token.
+        chat_template: Jinja text, None if there is none.
     """
 
     backend: Tokenizer
     config: dict[str, Any] = field(default_factory=dict)
     special_tokens: dict[str, str] = field(default_factory=dict)
+    chat_template: str | None = None
 
     @property
     def is_wordpiece(self) -> bool:
@@ -53,20 +67,43 @@ def read_tokenizer_folder(folder: Path) -> TokenizerFiles:
         raise InputError(f"no such tokenizer folder: {folder}")
     config = _optional_object(folder / "tokenizer_config.json")
     tokens = _special_tokens(config, _optional_object(folder / "special_tokens_map.json"))
-    if (folder / "tokenizer.json").is_file():
-        backend = _backend_from_json(folder / "tokenizer.json", config)
-    elif (folder / "vocab.txt").is_file():
-        tokens = {**WORDPIECE_TOKENS, **tokens}
-        backend = _backend_from_vocab(folder / "vocab.txt", config, tokens)
-    else:
-        raise InputError(f"no tokenizer in {folder}: looked for {' and '.join(LOOKED_FOR)}")
+    backend, tokens = _read_backend(folder, config, tokens)
     backend.no_truncation()
     backend.no_padding()
-    if isinstance(backend.model, WordPiece):
-        tokens = {**WORDPIECE_TOKENS, **tokens}
     known = {role: token for role, token in tokens.items() if backend.token_to_id(token) is not None}
     backend.add_special_tokens(list(known.values()))
-    return TokenizerFiles(backend, config, known)
+    return TokenizerFiles(backend, config, known, _chat_template(folder, config))
+
+
+def _read_backend(
+    folder: Path, config: dict[str, Any], tokens: dict[str, str]
+) -> tuple[Tokenizer, dict[str, str]]:
+    """The tokenizer, and the special tokens with those that its kind has by default."""
+    sentencepiece = next((folder / name for name in SENTENCEPIECE_FILES if (folder / name).is_file()), None)
+    if (folder / "tokenizer.json").is_file():
+        backend = _backend_from_json(folder / "tokenizer.json", config)
+        defaults = WORDPIECE_TOKENS if isinstance(backend.model, WordPiece) else {}
+        return backend, {**defaults, **tokens}
+    if (folder / "vocab.txt").is_file():
+        tokens = {**WORDPIECE_TOKENS, **tokens}
+        return _backend_from_vocab(folder / "vocab.txt", config, tokens), tokens
+    if sentencepiece is not None:
+        return _backend_from_pieces(sentencepiece, config, tokens)
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return _backend_from_merges(folder, config, tokens)
+    raise InputError(f"no tokenizer in {folder}: looked for {', '.join(LOOKED_FOR)}")
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """A file of its own, or the configuration's; of several named ones the one called "default"."""
+    path = folder / CHAT_TEMPLATE_FILE
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    found = config.get("chat_template")
+    if isinstance(found, list):
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
 
 
 def write_tokenizer_folder(files: TokenizerFiles, folder: Path) -> None:
@@ -80,6 +117,9 @@ def write_tokenizer_folder(files: TokenizerFiles, folder: Path) -> None:
     if files.is_wordpiece:
         config = {"tokenizer_class": "BertTokenizer"} | config
     write_json(folder / "tokenizer_config.json", config)
+    if files.chat_template is not None and "chat_template" not in config:
+        with atomic_write(folder / CHAT_TEMPLATE_FILE, "w") as file:
+            file.write(files.chat_template)
 
 
 def _optional_object(path: Path) -> dict[str, Any]:
@@ -142,3 +182,69 @@ def _read_vocab(path: Path) -> dict[str, int]:
         return WordPiece.read_file(str(path))
     except Exception as error:  # the Rust side raises plain Exception
         raise InputError(f"{path} is not a usable vocab.txt: {error}") from error
+
+
+def _backend_from_pieces(
+    path: Path, config: dict[str, Any], tokens: dict[str, str]
+) -> tuple[Tokenizer, dict[str, str]]:
+    """A SentencePiece model; a text of byte pairs begins with ``bos``, one of unigrams ends in ``eos``."""
+    backend, defaults = backend_from_sentencepiece(path, config)
+    tokens = {**defaults, **tokens}
+    _add_tokens(backend, config, path.parent)
+    is_bpe = isinstance(backend.model, BPE)
+    first, last = config.get("add_bos_token", is_bpe), config.get("add_eos_token", not is_bpe)
+    add_bos_and_eos(backend, tokens, bool(first), bool(last))
+    return backend, tokens
+
+
+def _backend_from_merges(
+    folder: Path, config: dict[str, Any], tokens: dict[str, str]
+) -> tuple[Tokenizer, dict[str, str]]:
+    """Byte-level byte pair encoding as GPT-2 has it, or as Qwen does."""
+    try:
+        model = BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    except Exception as error:  # the Rust side raises plain Exception
+        raise InputError(f"{folder}: vocab.json and merges.txt can't be used: {error}") from error
+    backend = Tokenizer(model)
+    backend.decoder = decoders.ByteLevel()
+    prefix = bool(config.get("add_prefix_space"))
+    if str(config.get("tokenizer_class", "")).startswith("Qwen"):
+        words = pre_tokenizers.Split(Regex(_QWEN_WORDS), "isolated")
+        marks = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)
+        backend.normalizer = normalizers.NFC()
+        backend.pre_tokenizer = pre_tokenizers.Sequence([words, marks])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    _add_tokens(backend, config, folder)
+    end = "<|endoftext|>"
+    if not tokens and backend.token_to_id(end) is not None:
+        tokens = {"unk": end, "bos": end, "eos": end}
+    add_bos_and_eos(backend, tokens, bool(config.get("add_bos_token")), bool(config.get("add_eos_token")))
+    return backend, tokens
+
+
+def _add_tokens(backend: Tokenizer, config: dict[str, Any], folder: Path) -> None:
+    """Add what the configuration, or ``added_tokens.json``, has beside the vocabulary, in order of number."""
+    listed = config.get("added_tokens_decoder") or {}
+    flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
+    try:
+        entries = [
+            (int(number), AddedToken(entry["content"], **{key: bool(entry.get(key)) for key in flags}))
+            for number, entry in listed.items()
+        ]
+        older = _optional_object(folder / "added_tokens.json")
+        named = {token.content for _, token in entries}
+        entries += [
+            (int(number), AddedToken(text, normalized=False, special=True))
+            for text, number in older.items()
+            if text not in named
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder}: the added tokens are malformed: {error!r}") from error
+    for number, token in sorted(entries, key=lambda entry: entry[0]):
+        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+        if backend.token_to_id(token.content) != number:
+            raise InputError(
+                f"{folder}: the added token {token.content!r} should be number {number}, but the vocabulary "
+                f"gives it {backend.token_to_id(token.content)}"
+            )

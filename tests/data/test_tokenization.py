@@ -188,7 +188,7 @@ def test_missing_folder(tmp_path):
 
 
 def test_empty_folder_says_what_was_looked_for(tmp_path):
-    with pytest.raises(InputError, match=r"looked for tokenizer.json and vocab.txt"):
+    with pytest.raises(InputError, match=r"looked for tokenizer.json, vocab.txt, tokenizer.model"):
         AutoTokenizer.from_pretrained(tmp_path)
 
 
