@@ -61,11 +61,37 @@ class PeftModel(AdapterReports, nn.Cell):
         """
         if adapter_names is None:
             return super().__call__(*args, **kwargs)
+        return self._mixed_batch().run(adapter_names, args, kwargs)
+
+    def _mixed_batch(self) -> Any:
         if self._mixed is None:
             from mindpeft.tuners.mixed import MixedBatch
 
             object.__setattr__(self, "_mixed", MixedBatch(self._bank))  # not a child: it holds the model too
-        return self._mixed.run(adapter_names, args, kwargs)
+        return self._mixed
+
+    def generate(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        adapter_names: Sequence[str | None] | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """Write on behind prompts with the active adapters, or with one adapter for each prompt.
+
+        Args:
+            adapter_names: as in a call.
+            input_ids, attention_mask, arguments: see `mindpeft.generate.generate`.
+        """
+        from mindpeft.generate import generate, rows_per_prompt
+
+        if adapter_names is None:
+            return generate(self, input_ids, attention_mask, **arguments)
+        mixed = self._mixed_batch()
+        copies = rows_per_prompt(self, **arguments)
+        names = [name for name in adapter_names for _ in range(copies)]
+        with mixed.assigned(names, copies * len(input_ids)):
+            return generate(mixed, input_ids, attention_mask, **arguments)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -7,8 +7,8 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import mindspore as ms
@@ -46,6 +46,7 @@ class RowLayer(nn.Cell):
         self.cell = original(base_layer)
         self.row_index = row_index
         self.by_row = False
+        self.is_product = False  # see `mindpeft.nn.Linear`
         for name in self.TENSORS:
             stack = stacks.get(name)
             tensor = None if stack is None else ms.Tensor(stack.astype(np.float32))
@@ -155,7 +156,7 @@ class MixedBatch(nn.Cell):
         """Call the model; use ``run``."""
         return self.model(*args, **kwargs)
 
-    def run(self, names: Sequence[str], args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    def run(self, names: Sequence[str | None], args: tuple, kwargs: Mapping[str, Any]) -> Any:
         """Call the model with these adapters for the rows of its inputs.
 
         Args:
@@ -163,10 +164,21 @@ class MixedBatch(nn.Cell):
             args, kwargs: the model's.
 
         Raises:
+            InputError: see `assigned`.
+        """
+        rows = next((v.shape[0] for v in (*args, *kwargs.values()) if isinstance(v, ms.Tensor)), 0)
+        with self.assigned(names, rows):
+            return self(*args, **kwargs)
+
+    @contextmanager
+    def assigned(self, names: Sequence[str | None], rows: int) -> Iterator[None]:
+        """Within it, calls of this cell take these adapters for the rows of their inputs.
+
+        Raises:
             InputError: an unknown name, not one name for each row, an adapter whose method can't be mixed, or
                 a model that is being trained.
         """
-        self._check(names, args, kwargs)
+        self._check(names, rows)
         adapters = {name: a for name, a in self._bank.adapters.items() if not obstacle(a, self._bank)}
         self._prepare(adapters)
         order = {None: 0, BASE_ROW: 0, **{name: i for i, name in enumerate(adapters, 1)}}
@@ -174,24 +186,29 @@ class MixedBatch(nn.Cell):
         index[: len(names)] = [order[name] for name in names]
         assign(self.row_index, index)
         plain = all(name in adapters for name in self._bank.active)
-        with nullcontext() if plain else self._bank.disabled():
-            return self._run(args, kwargs)
+        with nullcontext() if plain else self._bank.disabled(), self._by_row():
+            yield
 
-    def _run(self, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    @contextmanager
+    def _by_row(self) -> Iterator[None]:
         for layer in self._layers.values():
             layer.by_row = True
         try:
-            return self(*args, **kwargs)
+            yield
         finally:
             for layer in self._layers.values():
                 layer.by_row = False
 
-    def _check(self, names: Sequence[str | None], args: tuple, kwargs: Mapping[str, Any]) -> None:
+    @property
+    def config(self) -> Any:
+        """The model's."""
+        return self.model.config
+
+    def _check(self, names: Sequence[str | None], rows: int) -> None:
         bank = self._bank
         bank.require_plain("mix adapters in a batch")
         if self.model.training:
             raise InputError("adapter_names is for inference; call set_train(False) first")
-        rows = next((v.shape[0] for v in (*args, *kwargs.values()) if isinstance(v, ms.Tensor)), 0)
         if len(names) != rows or rows > MAX_ROWS:
             raise InputError(
                 f"adapter_names has {len(names)} names for a batch of {rows} rows (at most {MAX_ROWS})"

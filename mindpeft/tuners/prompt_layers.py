@@ -5,6 +5,7 @@ with ``inputs_embeds``, as PEFT does:
 
     attention_mask    T ones in front; nothing where there is no mask
     token_type_ids    T zeros in front
+    place             with a cache, T higher: the virtual tokens stand in it already, and come no second time
     position_ids      the T from the first one on in front, the given ones T higher (PEFT drops them)
     labels            of tokens: T times -100 in front; of spans: T higher; of whole texts: as they are
 
@@ -84,7 +85,11 @@ class PromptLayer(ModelLayer):
         object.__setattr__(self, "embedding_holder", holder)
         self.ids_place = self.argument_names.index("input_ids")
         self.embeds_place = self.argument_names.index("inputs_embeds")
+        self.cache_place = -1
+        if "place" in self.argument_names:
+            self.cache_place = self.argument_names.index("place")
         self.task = ""
+        self.count = 0  # T
 
     @classmethod
     def width_of(cls, site: Site) -> tuple[int, int]:
@@ -98,7 +103,13 @@ class PromptLayer(ModelLayer):
     def configure(self, config: PromptLearningConfig, trainable: bool) -> bool:
         task = config.task_type.value if config.task_type else ""
         changed, self.task = task != self.task, task
+        self.count = config.num_virtual_tokens
         return changed
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many tokens it puts in front as it is switched now."""
+        return self.count if self.active else 0
 
     def prompts(self, arguments: tuple) -> ms.Tensor:
         """The virtual tokens' embeddings, (T, width), or (batch, T, width); runs inside a graph."""
@@ -108,6 +119,8 @@ class PromptLayer(ModelLayer):
         arguments = self.arranged(args, kwargs)
         if not self.active:
             return self.base_layer(*arguments[: self.passed_on])
+        if self.cache_place >= 0 and arguments[self.cache_place] is not None:
+            return self.base_layer(*self.behind_cached(arguments))
         words = arguments[self.embeds_place]
         if words is None:
             words = getattr(self.embedding_holder, self.embedding_name)(arguments[self.ids_place])
@@ -127,6 +140,18 @@ class PromptLayer(ModelLayer):
                 longer = self.lengthened(self.argument_names[i], arguments[i], (batch, length), count)
                 lengthened = (*lengthened, longer)
         return self.of_real_tokens(self.base_layer(*lengthened), length, count)
+
+    def behind_cached(self, arguments: tuple) -> tuple:
+        """The arguments of tokens whose virtual ones are in a cache; runs inside a graph."""
+        moved = ()
+        for i in range(self.passed_on):
+            name, value = self.argument_names[i], arguments[i]
+            if value is not None and name == "attention_mask":
+                value = ops.concat((ops.ones((value.shape[0], self.count), value.dtype), value), 1)
+            elif value is not None and (name == "position_ids" or i == self.cache_place):
+                value = value + self.count
+            moved = (*moved, value)
+        return moved
 
     def lengthened(self, name: str, value: Any, shape: tuple[int, int], count: int) -> Any:
         """An argument with what belongs to the virtual tokens; runs inside a graph."""
