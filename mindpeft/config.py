@@ -75,6 +75,7 @@ class PeftType(str, Enum):
     VBLORA = "VBLORA"
     VERA = "VERA"
     WAVEFT = "WAVEFT"
+    XLORA = "XLORA"  # known, to say that it is not supported
 
 
 class TaskType(str, Enum):

@@ -148,8 +148,8 @@ def test_mistakes_are_named(tmp_path, options, message):
         ("{}", "the key 'peft_type' is missing"),
         ('{"peft_type": "LORRA"}', "unknown peft_type 'LORRA'; did you mean 'LORA'?"),
         (
-            '{"peft_type": "ADAPTION_PROMPT"}',
-            "the method ADAPTION_PROMPT is not supported; supported: .*LORA",
+            '{"peft_type": "XLORA"}',
+            "the method XLORA is not supported; supported: .*LORA",
         ),
     ],
 )

@@ -2,6 +2,7 @@
 
 from mindpeft.tuners.adalora import AdaLoraConfig as AdaLoraConfig
 from mindpeft.tuners.adapter_fusion import AdapterFusionConfig as AdapterFusionConfig
+from mindpeft.tuners.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
 from mindpeft.tuners.beft import BeftConfig as BeftConfig
 from mindpeft.tuners.bitfit import BitFitConfig as BitFitConfig
 from mindpeft.tuners.boft import BOFTConfig as BOFTConfig

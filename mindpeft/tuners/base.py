@@ -287,6 +287,7 @@ class TunerLayer(Slot):
         super().__init__(path, shapes, dtype, number)
         self.base_layer = base_layer
         self.shared = shared
+        self.is_product = False  # more than the product that `mindpeft.nn.Linear` without a bias is
 
     @classmethod
     def merged(cls, site: Site, weights: Tensors, tensors: Tensors, shared: Tensors | None = None) -> Tensors:
