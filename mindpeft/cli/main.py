@@ -8,10 +8,14 @@ from typing import Annotated
 import typer
 
 from mindpeft.cli.boundary import Command
+from mindpeft.cli.chat import chat
 from mindpeft.cli.convert import convert
 from mindpeft.cli.convert_adapter import convert_adapter
 from mindpeft.cli.evaluate import evaluate
+from mindpeft.cli.export import export
+from mindpeft.cli.generate import generate
 from mindpeft.cli.info import info
+from mindpeft.cli.init_model import init_model
 from mindpeft.cli.lists import methods, models
 from mindpeft.cli.merge import merge
 from mindpeft.cli.predict import predict
@@ -58,9 +62,13 @@ for _command in (
     train,
     evaluate,
     predict,
+    generate,
+    chat,
     merge,
     convert,
     convert_adapter,
+    export,
+    init_model,
     info,
     models,
     methods,

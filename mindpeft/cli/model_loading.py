@@ -18,12 +18,15 @@ _HEADS = {
     "regression": "AutoModelForSequenceClassification",
     "token_classification": "AutoModelForTokenClassification",
     "masked_lm": "AutoModelForMaskedLM",
+    "causal_lm": "AutoModelForCausalLM",
+    "instruction": "AutoModelForCausalLM",
 }
 _HEADS_OF_TASK_TYPE = {
     TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
     TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
     TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
     TaskType.FEATURE_EXTRACTION: "AutoModel",
+    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
 }
 
 
@@ -92,3 +95,12 @@ def check_max_length(max_length: int | None, config: Any, tokenizer: Any) -> int
         raise InputError(f"data.max_length is {max_length}, but the model has {positions} positions")
     limits = [limit for limit in (tokenizer.model_max_length, positions) if limit is not None]
     return max_length or min(limits, default=None)
+
+
+def padding_id(model: Any, tokenizer: Any) -> int:
+    """The token that rows are filled up with; a decoder that classifies texts is told of it."""
+    found = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    config = getattr(model, "config", None)
+    if config is not None and getattr(config, "pad_token_id", found) is None:
+        config.pad_token_id = found
+    return found if config is None else getattr(config, "pad_token_id", found)

@@ -7,14 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mindpeft.cli.datasets import Splits, load_splits, to_features
-from mindpeft.cli.model_loading import check_max_length, head_of_task, load_model
+from mindpeft.cli.answering import Answering, AnsweringCallback
+from mindpeft.cli.datasets import Dataset, Splits, load_splits, row_length, to_features
+from mindpeft.cli.model_loading import head_of_task, load_model, padding_id
 from mindpeft.cli.run_folder import LABELS_FILE, METRICS_FILE, RECIPE_FILE
 from mindpeft.console import logger
 from mindpeft.data.batching import BucketBatcher
+from mindpeft.data.conversations import ConversationDataset
 from mindpeft.data.encoding import Features
 from mindpeft.data.masking import TokenMasker
-from mindpeft.data.text_dataset import TextDataset
 from mindpeft.data.tokenization import AutoTokenizer, Tokenizer
 from mindpeft.device import setup_device
 from mindpeft.errors import InputError
@@ -64,7 +65,7 @@ def run_recipe(recipe: Recipe, *, overwrite: bool = False, resume: bool = False)
     """
     stages = recipe.stage_recipes()
     _check_output_dir(recipe, stages, overwrite, resume)
-    splits = load_splits(recipe.data, recipe.seed)
+    splits = [load_splits(stage.data, recipe.seed) for stage in stages]
     previous: Path | None = None
     for number, stage in enumerate(stages, 1):
         last = number == len(stages)
@@ -74,7 +75,7 @@ def run_recipe(recipe: Recipe, *, overwrite: bool = False, resume: bool = False)
             if not last:
                 logger.info("stage %d of %d", number, len(stages))
             args = _arguments(stage, overwrite or len(stages) > 1, resume)
-            metrics = _run_stage(recipe, stage, args, splits, previous)
+            metrics = _run_stage(recipe, stage, args, splits[number - 1], previous)
         previous = Path(stage.output_dir)
     return metrics
 
@@ -87,26 +88,32 @@ def _run_stage(
     folder = recipe.model.folder
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = _build_model(stage, splits, folder, previous)
-    max_length = check_max_length(recipe.data.max_length, model.config, tokenizer)
+    padding_id(model, tokenizer)
+    max_length = row_length(stage.data, stage.data.task, model.config, tokenizer)
 
-    def batches(dataset: TextDataset | None, training: bool = False) -> Features | BucketBatcher | None:
+    def batches(dataset: Dataset | None, training: bool = False) -> Features | BucketBatcher | None:
         if dataset is None:
             return None
-        features = to_features(dataset, tokenizer, max_length)
+        features = to_features(dataset, tokenizer, max_length, stage.data)
         return (
-            _masked(features, recipe, args, tokenizer, training) if dataset.task == "masked_lm" else features
+            _masked(features, stage, args, tokenizer, training) if dataset.task == "masked_lm" else features
         )
 
     parts = {"eval": batches(splits.eval), "test": batches(splits.test)}
     train = batches(splits.train, training=True)
     _begin_with_data(model, stage, train, args, tokenizer)
+    looked_at = splits.eval if splits.eval is not None else splits.test
+    callbacks: list[TrainerCallback] = [RunFilesCallback(recipe, splits)]
+    if stage.generation is not None and isinstance(looked_at, ConversationDataset):
+        answering = Answering(looked_at.examples, stage.generation, stage.data, tokenizer)
+        callbacks.append(AnsweringCallback(answering))
     trainer = Trainer(
         model,
         args,
         train_dataset=train,
         eval_dataset=parts["eval"] if parts["eval"] is not None else parts["test"],
         processing_class=tokenizer,
-        callbacks=[RunFilesCallback(recipe, splits)],
+        callbacks=callbacks,
     )
     with _removed_if_empty(Path(args.output_dir)):
         metrics = {"train": trainer.train().metrics}

@@ -90,7 +90,7 @@ def _from_lines(run: Run, lines: Iterable[str], pair: str | None) -> Iterator[Te
 def _from_file(run: Run, file: Path, pair: str | None) -> Iterable[Text]:
     from mindpeft.cli.answers import Text
     from mindpeft.cli.datasets import read_like, to_dataset
-    from mindpeft.recipe import DataSection
+    from mindpeft.recipe_sections import DataSection
 
     data = run.data or DataSection(train=str(file), task=run.task)
     table = read_like(file, data)

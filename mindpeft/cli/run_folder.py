@@ -25,7 +25,8 @@ from mindpeft.data.label_map import LabelMap
 from mindpeft.data.tokenization import AutoTokenizer, Tokenizer
 from mindpeft.errors import InputError
 from mindpeft.peft_model import PeftModel
-from mindpeft.recipe import DataSection, Recipe, absolute, load_recipe
+from mindpeft.recipe import Recipe, load_recipe
+from mindpeft.recipe_sections import LANGUAGE_TASKS, DataSection, absolute
 from mindpeft.train.checkpoints import list_checkpoints
 
 if TYPE_CHECKING:
@@ -70,9 +71,10 @@ class Run:
 
     def require_labels(self, command: str) -> None:
         """Raise InputError unless the model answers with labels or numbers."""
-        if self.task is None or self.task == "masked_lm":
+        if self.task is None or self.task in ("masked_lm", *LANGUAGE_TASKS):
             kind = self.task or "neither a classifier nor a regression"
-            raise InputError(f"{command} answers with labels or numbers, but {self.folder} is {kind}")
+            other = "; mindpeft generate writes text" if self.task in LANGUAGE_TASKS else ""
+            raise InputError(f"{command} answers with labels or numbers, but {self.folder} is {kind}{other}")
 
 
 def open_run(folder: str | Path, base: str | Path | None = None, dtype: str = "float32") -> Run:
@@ -109,7 +111,8 @@ def _open_adapter(folder: Path, base: str | Path | None, dtype: str) -> Run:
     base = find_base(folder, config, recipe, base)
     head = head_of_adapter(config, base)
     label_map = _labels_of(folder)
-    task = recipe.data.task if recipe else None
+    data = recipe.data_of(folder) if recipe else None
+    task = data.task if data else None
     if label_map is None and task != "regression":
         label_map = _numbered_labels(folder)
     with _without_reports():
@@ -117,7 +120,7 @@ def _open_adapter(folder: Path, base: str | Path | None, dtype: str) -> Run:
     label_map = label_map or _labels_in_config(config.task_type, task, model)
     task = task or _guess_task(config.task_type, model)
     peft_model = PeftModel.from_pretrained(model, folder)
-    return Run(folder, base, peft_model, task, label_map, recipe.data if recipe else None)
+    return Run(folder, base, peft_model, task, label_map, data)
 
 
 @contextmanager
@@ -142,7 +145,8 @@ def _open_whole(folder: Path, dtype: str) -> Run:
         "AutoModelForTokenClassification": TaskType.TOKEN_CLS,
     }.get(head)
     model = load_model(folder, head, dtype=dtype)
-    task = "masked_lm" if head == "AutoModelForMaskedLM" else _guess_task(task_type, model)
+    languages = {"AutoModelForMaskedLM": "masked_lm", "AutoModelForCausalLM": "causal_lm"}
+    task = languages.get(head) or _guess_task(task_type, model)
     return Run(folder, folder, model, task, _labels_in_config(task_type, task, model), None)
 
 
@@ -207,6 +211,8 @@ def _guess_task(task_type: TaskType | None, model: nn.Cell) -> str | None:
     """The task as Hugging Face decides it where the configuration has no ``problem_type``."""
     if task_type == TaskType.TOKEN_CLS:
         return "token_classification"
+    if task_type == TaskType.CAUSAL_LM:
+        return "causal_lm"
     if task_type != TaskType.SEQ_CLS:
         return None
     one = model.config.num_labels == 1

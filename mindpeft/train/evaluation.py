@@ -85,13 +85,13 @@ def _collect(
     found: _Collected, runner: StepRunner, batch: Batch, loss_only: bool, whole_logits: bool, shift: bool
 ) -> None:
     rows = real_rows(batch)
-    loss, logits = runner.evaluate(batch)
+    loss, logits = runner.evaluate(batch, loss_only and "labels" in batch)
     labels = batch["labels"][rows] if "labels" in batch else None
     if loss is not None:
-        weight = _loss_weight(labels, logits.shape, shift)
+        weight = _loss_weight(labels, batch["input_ids"].shape, shift)
         if weight:  # a batch without a label has no loss (0/0)
             found.loss, found.weight = found.loss + loss * weight, found.weight + weight
-        found.problem = problem_of(logits.shape, batch["labels"])
+        found.problem = None if loss_only else problem_of(logits.shape, batch["labels"])
     if not loss_only:
         logits = logits[rows] if len(logits) == len(rows) else logits
         reduces = found.problem == "token" and not whole_logits
@@ -102,9 +102,9 @@ def _collect(
     found.rows += int(rows.sum())
 
 
-def _loss_weight(labels: np.ndarray, logits_shape: tuple[int, ...], shift: bool) -> int:
+def _loss_weight(labels: np.ndarray, ids_shape: tuple[int, ...], shift: bool) -> int:
     """What the batch's mean loss is a mean over: labelled tokens in token tasks, else rows."""
-    if labels.ndim == 2 and len(logits_shape) == 3 and labels.shape[1] == logits_shape[1]:
+    if labels.ndim == 2 and labels.shape[1] == ids_shape[1] and np.issubdtype(labels.dtype, np.integer):
         return int((labels[:, int(shift) :] != IGNORE_INDEX).sum())
     return len(labels)
 

