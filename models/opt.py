@@ -95,13 +95,7 @@ class OPTConfig(AnyDecoderConfig):
 class OPTAttention(DecoderAttention):
     """Attention that ends in ``out_proj``."""
 
-    def add_projections(self, spec: DecoderSpec) -> None:
-        for name in ("k_proj", "v_proj", "q_proj"):
-            setattr(self, name, Linear(spec.width, spec.width, spec.qkv_bias))
-        self.out_proj = Linear(spec.width, spec.width, spec.output_bias)
-
-    def output(self, mixed):
-        return self.out_proj(mixed)
+    output_name = "out_proj"
 
 
 class OPTDecoderLayer(nn.Cell):

@@ -96,6 +96,8 @@ class DecoderAttention(nn.Cell):
     While text is generated, ``cache`` keeps the keys and values of the tokens before.
     """
 
+    output_name: ClassVar[str] = "o_proj"
+
     def __init__(self, spec: DecoderSpec, layer: int):
         super().__init__()
         self.add_projections(spec)
@@ -118,7 +120,7 @@ class DecoderAttention(nn.Cell):
         self.q_proj = Linear(spec.width, queries, spec.qkv_bias)
         self.k_proj = Linear(spec.width, keys, spec.qkv_bias)
         self.v_proj = Linear(spec.width, keys, spec.qkv_bias)
-        self.o_proj = Linear(queries, spec.width, spec.output_bias)
+        setattr(self, self.output_name, Linear(queries, spec.width, spec.output_bias))
 
     def projected(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, (batch, length, heads * size) each."""
@@ -126,7 +128,7 @@ class DecoderAttention(nn.Cell):
 
     def output(self, mixed: Tensor) -> Tensor:
         """The projection back, (batch, length, width)."""
-        return self.o_proj(mixed)
+        return getattr(self, self.output_name)(mixed)
 
     def construct(self, hidden, mask, angles, place=None):
         """
@@ -156,16 +158,12 @@ class JoinedAttention(DecoderAttention):
     """One weight for queries, keys and values, in this order."""
 
     joined_name: ClassVar[str] = "qkv_proj"
-    output_name: ClassVar[str] = "o_proj"
 
     def add_projections(self, spec: DecoderSpec) -> None:
         queries, keys = spec.heads * spec.head_size, spec.key_heads * spec.head_size
         self.sizes = (queries, keys)
         setattr(self, self.joined_name, Linear(spec.width, queries + 2 * keys, spec.qkv_bias))
         setattr(self, self.output_name, Linear(queries, spec.width, spec.output_bias))
-
-    def output(self, mixed: Tensor) -> Tensor:
-        return getattr(self, self.output_name)(mixed)
 
     def projected(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         joined = getattr(self, self.joined_name)(hidden)

@@ -10,6 +10,11 @@ import numpy as np
 import torch
 import transformers
 
+from mindpeft import PeftModel
+from mindpeft.train.optim import AdamW
+from mindpeft.train.runner import StepRunner
+from tests.models.reference import run_theirs
+
 VOCABULARY, PAD = 97, 3
 _SPECIAL = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2}
 _LLAMA = {
@@ -144,6 +149,24 @@ def make_decoder(
     older = {**keys, **dropout, **labels, "model_type": kind, "architectures": written["architectures"]}
     (folder / "config.json").write_text(json.dumps(older))
     return model.eval()
+
+
+def train_both(
+    ours: PeftModel, theirs: torch.nn.Module, steps: list[dict[str, np.ndarray]], rate: float
+) -> tuple[StepRunner, np.ndarray, np.ndarray]:
+    """AdamW with clipping on both sides; the runner of ours and the losses of each step."""
+    weights = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(weights, rate, weight_decay=0)
+    runner, found, expected = StepRunner(ours.set_train(), AdamW(ours)), [], []
+    for number, columns in enumerate(steps):
+        loss = run_theirs(theirs, **columns).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(float(loss.detach()))
+        found.append(float(runner.train(columns, number + 1, rate)[0]))
+    return runner, np.array(found), np.array(expected)
 
 
 def make_texts(length: int = 23, rows: int = 3, left: bool = False) -> dict[str, np.ndarray]:

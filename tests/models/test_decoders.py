@@ -17,10 +17,16 @@ from mindpeft import PeftModel
 from mindpeft import models as our_models
 from mindpeft.errors import InputError
 from mindpeft.models import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
-from mindpeft.train.optim import AdamW
-from mindpeft.train.runner import StepRunner
 from mindpeft.train.step import EvalStep
-from tests.models.decoders import ARCHITECTURES, CASES, PAD, VOCABULARY, make_decoder, make_texts
+from tests.models.decoders import (
+    ARCHITECTURES,
+    CASES,
+    PAD,
+    VOCABULARY,
+    make_decoder,
+    make_texts,
+    train_both,
+)
 from tests.models.reference import absolute_error, relative_error, run_ours, run_theirs, to_numpy
 
 HEADS = ("SequenceClassification", "TokenClassification")
@@ -226,24 +232,11 @@ def test_lora_logits_and_gradients(tmp_path, name):
 def test_lora_curve(tmp_path, name):
     """Twenty steps of AdamW in one compiled graph give PEFT's losses."""
     ours, theirs = lora_pair(name, tmp_path, noise=0.02)
-    ours.set_train()
-    weights = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(weights, 5e-3, weight_decay=0)
-    runner = StepRunner(ours, AdamW(ours))
     batch = make_texts()
-    columns = {**batch, "labels": labels_of(batch)}
-    found, expected = [], []
-    for step in range(20):
-        loss = run_theirs(theirs, **columns).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        expected.append(float(loss.detach()))
-        found.append(runner.train(columns, step + 1, 5e-3)[0])
+    runner, found, expected = train_both(ours, theirs, [{**batch, "labels": labels_of(batch)}] * 20, 5e-3)
     assert runner.graphs == 1
     assert found[-1] < found[0] - 0.1
-    assert np.abs(np.subtract(found, expected)).max() <= 1e-3
+    assert np.abs(found - expected).max() <= 1e-3
 
 
 @pytest.mark.usefixtures("pynative")

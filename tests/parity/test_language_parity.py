@@ -12,8 +12,8 @@ import transformers
 from mindpeft import PeftModel
 from mindpeft.data.tokenization import AutoTokenizer
 from mindpeft.models import AutoModelForCausalLM
-from mindpeft.train.optim import AdamW
 from mindpeft.train.runner import StepRunner
+from tests.models.decoders import train_both
 from tests.models.reference import run_theirs
 
 STEPS, BATCH, LENGTH, RATE = 60, 8, 64, 5e-3
@@ -45,10 +45,7 @@ def test_stories260k_learns_shakespeare(shared_dir, blocks, tmp_path):
     ours = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(folder), tmp_path, is_trainable=True
     )
-    ours.set_train()
-    runner = StepRunner(ours, AdamW(ours))
-    weights = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(weights, RATE, weight_decay=0)
+    runner = StepRunner(ours)
 
     def columns(block: np.ndarray) -> dict[str, np.ndarray]:
         return {"input_ids": block, "attention_mask": np.ones_like(block), "labels": block}
@@ -61,17 +58,9 @@ def test_stories260k_learns_shakespeare(shared_dir, blocks, tmp_path):
 
     before = held_out_perplexities()
     assert before[0] == pytest.approx(before[1], rel=1e-4)
-    found, expected = [], []
-    for step, block in enumerate(batches):
-        loss = run_theirs(theirs.train(), **columns(block)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        expected.append(float(loss.detach()))
-        found.append(float(runner.train(columns(block), step + 1, RATE)[0]))
+    runner, found, expected = train_both(ours, theirs.train(), [columns(block) for block in batches], RATE)
     after = held_out_perplexities()
-    assert np.abs(np.subtract(found, expected)).max() <= 1e-3
+    assert np.abs(found - expected).max() <= 1e-3
     assert after[0] < 0.6 * before[0]
     assert after[0] == pytest.approx(after[1], rel=0.02)
     assert ms.get_context("mode") == ms.GRAPH_MODE

@@ -14,10 +14,8 @@ from safetensors.torch import load_file
 from mindpeft import AdaptionPromptConfig, LoraConfig, PeftModel, get_peft_model
 from mindpeft.errors import InputError
 from mindpeft.models import AutoModelForCausalLM
-from mindpeft.train.optim import AdamW
-from mindpeft.train.runner import StepRunner
 from mindpeft.train.step import EvalStep
-from tests.models.decoders import make_decoder, make_texts
+from tests.models.decoders import make_decoder, make_texts, train_both
 from tests.models.reference import absolute_error, run_ours, run_theirs
 from tests.models.test_decoders import labels_of
 
@@ -86,22 +84,9 @@ def test_reading_gradients_and_writing(tmp_path, name):
 @pytest.mark.usefixtures("graph_mode")
 def test_training_curve_and_generation(tmp_path):
     ours, theirs = make_pair("llama", tmp_path)
-    ours.set_train()
-    weights = [value for key, value in theirs.named_parameters() if "adaption_" in key]
-    optimizer = torch.optim.AdamW(weights, 1e-2, weight_decay=0)
-    runner = StepRunner(ours, AdamW(ours))
     batch = make_texts(rows=1)
-    columns = {**batch, "labels": labels_of(batch)}
-    found, expected = [], []
-    for step in range(20):
-        loss = run_theirs(theirs, **columns).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        expected.append(float(loss.detach()))
-        found.append(runner.train(columns, step + 1, 1e-2)[0])
-    assert np.abs(np.subtract(found, expected)).max() <= 1e-3
+    _, found, expected = train_both(ours, theirs, [{**batch, "labels": labels_of(batch)}] * 20, 1e-2)
+    assert np.abs(found - expected).max() <= 1e-3
     assert found[-1] < found[0]
     prompt = batch["input_ids"][:, :9]
     whole = ours.generate(prompt, max_new_tokens=8, eos_token_id=None).asnumpy()
