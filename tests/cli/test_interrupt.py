@@ -10,6 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
+from mindpeft.convert.tensors import RawTensor
+from mindpeft.convert.writer import save_checkpoint
 from tests.cli.conftest import write_recipe
 
 STEPS = 400
@@ -64,3 +68,30 @@ def test_ctrl_c_keeps_a_checkpoint_and_resume_ends_the_run(tiny_bert, data_dir, 
     assert steps == sorted(set(steps))
     assert steps[-1] == total
     assert cli("predict", run, "the rain is wind good").exit_code == 0
+
+
+def test_ctrl_c_while_converting_leaves_nothing(tmp_path):
+    """A checkpoint of shards; the signal comes once a first shard is being written."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    rows = {f"layer.{i}.weight": np.ones((4096, 4096), np.float32) for i in range(12)}
+    save_checkpoint(
+        source,
+        [(name, RawTensor.from_numpy(value)) for name, value in rows.items()],
+        max_shard_size="300MB",
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mindpeft", "convert", str(source), str(target)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not any(path.stat().st_size for path in tmp_path.glob(".target.*.tmp/*")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "the conversion did not begin"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, messages = process.communicate(timeout=120)
+    assert process.returncode == 130, messages
+    assert "Traceback" not in messages
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
