@@ -12,6 +12,8 @@ import pytest
 from mindpeft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from mindpeft.config import PeftConfig, supported_methods
 from mindpeft.errors import InputError
+from mindpeft.models import AutoModelForCausalLM
+from mindpeft.models.gpt2 import GPT2Config
 from mindpeft.tuners.plan import BaseModel
 from tests.broken_folders import (
     FILES,
@@ -229,12 +231,17 @@ SMALL = {
 }
 
 
+def small_decoder():
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    return AutoModelForCausalLM.from_config(GPT2Config.from_dict({}, **sizes))
+
+
 @pytest.mark.parametrize("method", sorted(supported_methods()))
 def test_odd_values_of_every_key(bases, method):
     """A value is taken or refused by name; nothing else is raised, by the config or by what it means here."""
     config_class = supported_methods()[method]
     example = {"peft_type": method.value, **config_class.EXAMPLE, **SMALL.get(method.value, {})}
-    base = BaseModel(bases["prompt"][0])
+    base = BaseModel(small_decoder() if method.value == "ADAPTION_PROMPT" else bases["prompt"][0])
     base.plan(PeftConfig.from_dict(example), from_file=True)
     refused = 0
     for entry in fields(config_class):
