@@ -70,7 +70,7 @@ def test_written_as_by_transformers(llama, settings):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=() if name in ("bloom", "gemma3") else pytest.mark.slow)
+        pytest.param(name, marks=() if name == "bloom" else pytest.mark.slow)
         for name in ARCHITECTURES.values()
     ],
 )

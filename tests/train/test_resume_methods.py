@@ -201,16 +201,14 @@ def adapter_files(folder: Path) -> dict[str, bytes]:
     [
         ("adalora", 5),  # between two prunings
         ("adalora", 9),  # after the last one
-        ("diff pruning, fixed noise", 3),  # before the pruning
-        (
-            "diff pruning",
-            4,
-        ),  # right after it: the gates stand so wide open, or closed, that noise changes nothing
+        pytest.param("diff pruning, fixed noise", 3, marks=pytest.mark.slow),  # before the pruning
+        # right after it: the gates stand so wide open, or closed, that noise changes nothing
+        ("diff pruning", 4),
         ("p-tuning", 5),
         ("lora+", 5),
-        ("lora-fa", 5),
-        ("hybrid", 5),
-        ("fusion", 5),
+        pytest.param("lora-fa", 5, marks=pytest.mark.slow),
+        pytest.param("hybrid", 5, marks=pytest.mark.slow),
+        pytest.param("fusion", 5, marks=pytest.mark.slow),
     ],
 )
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path, name, step):
