@@ -31,11 +31,12 @@ STEPS = 20
 # One of each kind of layer is compiled; the others differ in norms, gates and factors, and run in PyNative,
 # which takes long for 20 steps.
 IN_GRAPH = ("seq_bn", "double_seq_bn", "par_bn", "compacter", "invertible", "norms", "parallel_gated")
+SHOWN = ("par_bn", "compacter", "norms")
 OF_HEADS = load_file(DATA / "heads.safetensors")
 UNDER_OTHERS = sorted({key.split("/")[1] for key in OF_HEADS if key.endswith("/losses")})
 # By default those are tried on the model for texts, and one on each other head.
 ON_HEADS = [
-    *(pytest.param(name, "sequence", marks=() if name in IN_GRAPH else pytest.mark.slow) for name in CASES),
+    *(pytest.param(name, "sequence", marks=() if name in SHOWN else pytest.mark.slow) for name in CASES),
     *(
         pytest.param(name, head, marks=() if name == shown else pytest.mark.slow)
         for head, shown in (("token", "compacter"), ("masked", "double_seq_bn"))

@@ -68,11 +68,14 @@ SCHEDULE = np.linspace(1.0, 0.1, STEPS)
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"use_dora": True, "bias": "lora_only"},
-        {"target_modules": ["query", "words", "kinds"], "init_lora_weights": False},
+        pytest.param({}, id="plain", marks=pytest.mark.slow),
+        pytest.param({"use_dora": True, "bias": "lora_only"}, id="dora"),
+        pytest.param(
+            {"target_modules": ["query", "words", "kinds"], "init_lora_weights": False},
+            id="embeddings",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["plain", "dora", "embeddings"],
 )
 def test_loraplus_curve(twins, tmp_path, options):
     theirs, ours = pair(twins, tmp_path, **options)
@@ -114,7 +117,11 @@ def test_loraplus_differs_from_adamw(twins, tmp_path):
     assert faster[-1] < losses[-1] - 0.1
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "rank_pattern": {"query": 2}}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({}, marks=pytest.mark.slow), {"use_rslora": True, "rank_pattern": {"query": 2}}],
+    ids=str,
+)
 def test_lorafa_curve(twins, tmp_path, monkeypatch, options):
     # PEFT projects in bfloat16, which would hide errors of a percent.
     monkeypatch.setattr(lorafa, "is_bf16_available", lambda: False)

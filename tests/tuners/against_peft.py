@@ -26,13 +26,13 @@ LABELS = np.array([0, 2, 1, 1])
 
 
 def each_option(names: Iterable[str]) -> pytest.MarkDecorator:
-    """Parametrise a test by the ``name`` of options and the mode: by default the first one, compiled.
+    """Parametrise a test by the ``name`` of options and the mode: by default the first, in PyNative (quick).
 
-    The slow run tries all of them in both modes.
+    The slow run tries all of them in both modes; compiled, each method is switched and trained elsewhere.
     """
     first, *others = names
     slow = pytest.mark.slow
-    cases = [pytest.param(first, "graph"), pytest.param(first, "pynative", marks=slow)]
+    cases = [pytest.param(first, "pynative"), pytest.param(first, "graph", marks=slow)]
     cases += [pytest.param(name, mode, marks=slow) for name in others for mode in ("graph", "pynative")]
     return pytest.mark.parametrize(("name", "mode"), cases, indirect=["mode"])
 

@@ -137,7 +137,7 @@ def train_here(model, ids, steps, rate, clip=0.0, mode=ms.GRAPH_MODE):
 @pytest.mark.parametrize(
     ("options", "clip"),
     [
-        ({"target_modules": ["query", "value"]}, 0.0),
+        pytest.param({"target_modules": ["query", "value"]}, 0.0, marks=pytest.mark.slow),
         ({"target_modules": ["query", "dense"], "deltaT": 4}, 0.05),
     ],
 )

@@ -15,6 +15,7 @@ from mindpeft import BottleneckConfig, DoubleSeqBnConfig, LoraConfig, PeftModel,
 from mindpeft.config import PeftConfig
 from mindpeft.errors import InputError
 from mindpeft.recipe import recipe_from_dict
+from tests.selection import default
 from tests.tuners.adapterhub import (
     DATA,
     EXPECTED,
@@ -57,7 +58,12 @@ def test_active_adapters_act_as_the_librarys_stack(tmp_path, stack, names):
 
 
 @pytest.mark.parametrize(
-    "name", ["seq_bn", "par_bn", "adapter_plus", "norms", "parallel_norms", "gated", "invertible"]
+    "name",
+    default(
+        ("seq_bn", "par_bn", "adapter_plus", "norms", "parallel_norms", "gated", "invertible"),
+        "adapter_plus",
+        "invertible",
+    ),
 )
 def test_switched_off_it_is_the_base_model(tmp_path, name):
     expected = logits(make_base())

@@ -118,6 +118,7 @@ def test_training_equals_the_formulas(twins, structured):
     assert runner.cached_graphs == 1
 
 
+@pytest.mark.slow
 def test_pruning_files_merging_and_switching(twins, tmp_path):
     base = twins.logits(twins.make_model())
     model = ours_with_noise(twins, prune_step=3, target_fraction=0.05)

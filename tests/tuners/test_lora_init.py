@@ -14,6 +14,7 @@ from mindspore import Tensor
 from mindpeft import LoraConfig, PeftModel, get_peft_model
 from mindpeft.errors import InputError
 from mindpeft.parameters import base_places
+from tests.selection import default
 from tests.tuners.against_peft import Method, check_reading
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
@@ -55,7 +56,7 @@ def assert_same(found, expected):
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
-@pytest.mark.parametrize("name", TAKING)
+@pytest.mark.parametrize("name", default(TAKING, "pissa_rslora", "olora"))
 def test_a_file_of_pefts(twins, tmp_path, name):
     check_reading(twins, tmp_path, METHOD, **TAKING[name])
 

@@ -14,6 +14,7 @@ from mindpeft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_mode
 from mindpeft.errors import InputError
 from mindpeft.models import AutoModelForMaskedLM
 from tests.models.reference import make_batch, make_reference, run_ours, run_theirs
+from tests.selection import default
 from tests.tuners.against_peft import (
     Method,
     check_initial_values,
@@ -39,7 +40,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", default(CASES, "both_tables", "lora_two"))
 def test_reads_what_peft_wrote(twins, tmp_path, name):
     method, options = CASES[name]
     check_reading(twins, tmp_path, method, **options)

@@ -19,6 +19,7 @@ from mindpeft import (
 from mindpeft.errors import InputError
 from mindpeft.foreign.convert import convert_adapter
 from mindpeft.recipe import recipe_from_dict
+from tests.selection import default
 from tests.tuners.adapterhub import DATA, EXPECTED, check_training, fresh, logits, make_base, randomised
 
 
@@ -34,7 +35,7 @@ def converted(folder, name):
     return PeftModel.from_pretrained(make_base(), folder / name, name, is_trainable=True).set_train(False)
 
 
-@pytest.mark.parametrize("name", ["lora_gated", "prefix_gated", "unipelt"])
+@pytest.mark.parametrize("name", default(["lora_gated", "prefix_gated", "unipelt"], "unipelt"))
 def test_computes_and_trains_as_the_library(tmp_path, name):
     check_training(converted(tmp_path, name), name)
 
