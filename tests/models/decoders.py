@@ -13,7 +13,7 @@ import transformers
 from mindpeft import PeftModel
 from mindpeft.train.optim import AdamW
 from mindpeft.train.runner import StepRunner
-from tests.models.reference import run_theirs
+from tests.models.reference import absolute_error, run_theirs, to_numpy
 
 VOCABULARY, PAD = 97, 3
 _SPECIAL = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2}
@@ -177,3 +177,18 @@ def make_texts(length: int = 23, rows: int = 3, left: bool = False) -> dict[str,
     mask = (np.arange(length) < lengths[:, None]).astype(np.int32)
     mask = mask[:, ::-1].copy() if left else mask
     return {"input_ids": np.where(mask, ids, PAD).astype(np.int32), "attention_mask": mask}
+
+
+def scaled_error(found, expected: torch.Tensor, mask: np.ndarray | None = None) -> float:
+    """Relative to the largest logit, if that is more than 1; of the tokens in the mask.
+
+    What stands for padding that sees nothing but padding differs between the architectures of transformers.
+    """
+    found, expected = to_numpy(found), to_numpy(expected)
+    if mask is not None:
+        found, expected = found[mask == 1], expected[mask == 1]
+    return absolute_error(found, expected) / max(1.0, float(np.abs(expected).max()))
+
+
+def labels_of(batch: dict[str, np.ndarray]) -> np.ndarray:
+    return np.where(batch["attention_mask"], batch["input_ids"], -100).astype(np.int32)

@@ -15,9 +15,8 @@ from mindpeft import AdaptionPromptConfig, LoraConfig, PeftModel, get_peft_model
 from mindpeft.errors import InputError
 from mindpeft.models import AutoModelForCausalLM
 from mindpeft.train.step import EvalStep
-from tests.models.decoders import make_decoder, make_texts, train_both
+from tests.models.decoders import labels_of, make_decoder, make_texts, train_both
 from tests.models.reference import absolute_error, run_ours, run_theirs
-from tests.models.test_decoders import labels_of
 
 KINDS = ("llama", "mistral", "gpt2")
 OPTIONS = {"task_type": "CAUSAL_LM", "adapter_len": 5, "adapter_layers": 1}
