@@ -1,6 +1,10 @@
 """Packaging of mindpeft; `models/` at the top of the repository is installed as `mindpeft.models`."""
 
-from setuptools import find_packages, setup
+import platform
+from glob import glob
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 RUNTIME = [
     "mindspore>=2.7,<2.11",
@@ -39,12 +43,58 @@ EXTRAS = {
     ],
 }
 
+# The CPU kernels, a library for each level of vector units; mindpeft.ops.cpu.library picks one at run time.
+X86_LEVELS = {
+    "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+    "avx2": ["-march=x86-64-v3"],
+}
+KERNEL_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fopenmp-simd",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+]
+
+
+def kernels() -> list[Extension]:
+    """The libraries for this platform; where one can't be compiled, mindpeft does without."""
+    levels = X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"plain": []}
+    return [
+        Extension(
+            f"mindpeft.ops.cpu.kernels_{level}",
+            sorted(glob("mindpeft/ops/cpu/src/*.cpp")),
+            depends=sorted(glob("mindpeft/ops/cpu/src/*.h")),
+            extra_compile_args=[*KERNEL_FLAGS, *flags],
+            extra_link_args=["-s"],
+            language="c++",
+            optional=True,
+        )
+        for level, flags in levels.items()
+    ]
+
+
+class BuildKernels(build_ext):
+    """Builds them side by side, under names without Python's version: they know nothing of Python."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or 2
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", "/") + ".so"
+
+
 packages = find_packages(include=["mindpeft", "mindpeft.*"])
 
 setup(
     packages=[*packages, "mindpeft.models"],
     package_dir={"mindpeft": "mindpeft", "mindpeft.models": "models"},
     package_data={"mindpeft.cli": ["*.yaml"]},  # the quickstart's recipe
+    ext_modules=kernels(),
+    cmdclass={"build_ext": BuildKernels},
     install_requires=RUNTIME,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["mindpeft=mindpeft.cli.main:main"]},

@@ -14,7 +14,7 @@ from mindpeft.models.config import PretrainedConfig
 from mindpeft.models.pretrained import PreTrainedModel
 from mindpeft.nn import Embedding, LayerNorm, Linear, empty_parameter
 from mindpeft.ops.activations import activation, tanh
-from mindpeft.ops.attention import AdditiveMask, Attention, MergeHeads, SplitHeads
+from mindpeft.ops.attention import AdditiveMask, Attention, SplitHeads
 from mindpeft.ops.checks import check_length
 from mindpeft.ops.dropout import dropout
 from mindpeft.ops.losses import classification_loss, cross_entropy, span_loss
@@ -88,19 +88,18 @@ class BertSelfAttention(nn.Cell):
 
     def __init__(self, config: BertConfig):
         super().__init__()
-        width = config.hidden_size
+        width, heads = config.hidden_size, config.num_attention_heads
         self.query = Linear(width, width)
         self.key = Linear(width, width)
         self.value = Linear(width, width)
-        self.split_heads = SplitHeads(config.num_attention_heads)
-        self.attention = Attention(config.attention_probs_dropout_prob)
-        self.merge_heads = MergeHeads()
+        self.split_heads = SplitHeads(heads)
+        self.attention = Attention(heads, width // heads, config.attention_probs_dropout_prob)
 
     def construct(self, hidden, mask=None):
         query = self.split_heads(self.query(hidden))
         key = self.split_heads(self.key(hidden))
         value = self.split_heads(self.value(hidden))
-        return self.merge_heads(self.attention(query, key, value, mask))
+        return self.attention(query, key, value, mask)
 
 
 class BertOutput(nn.Cell):

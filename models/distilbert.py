@@ -14,7 +14,7 @@ from mindpeft.models.config import PretrainedConfig
 from mindpeft.models.pretrained import PreTrainedModel
 from mindpeft.nn import Embedding, LayerNorm, Linear
 from mindpeft.ops.activations import activation
-from mindpeft.ops.attention import AdditiveMask, Attention, MergeHeads, SplitHeads
+from mindpeft.ops.attention import AdditiveMask, Attention, SplitHeads
 from mindpeft.ops.checks import check_length
 from mindpeft.ops.dropout import dropout
 from mindpeft.ops.losses import classification_loss, cross_entropy, span_loss
@@ -90,14 +90,13 @@ class DistilBertSelfAttention(nn.Cell):
         self.v_lin = Linear(config.dim, config.dim)
         self.out_lin = Linear(config.dim, config.dim)
         self.split_heads = SplitHeads(config.n_heads)
-        self.attention = Attention(config.attention_dropout)
-        self.merge_heads = MergeHeads()
+        self.attention = Attention(config.n_heads, config.dim // config.n_heads, config.attention_dropout)
 
     def construct(self, hidden, mask=None):
         query = self.split_heads(self.q_lin(hidden))
         key = self.split_heads(self.k_lin(hidden))
         value = self.split_heads(self.v_lin(hidden))
-        return self.out_lin(self.merge_heads(self.attention(query, key, value, mask)))
+        return self.out_lin(self.attention(query, key, value, mask))
 
 
 class FFN(nn.Cell):

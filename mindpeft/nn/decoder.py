@@ -16,10 +16,10 @@ from mindpeft.nn.cache import LayerCache
 from mindpeft.nn.linear import Linear
 from mindpeft.nn.normalization import LayerNorm, RMSNorm
 from mindpeft.nn.rotary import RotarySpec, RotaryTables
-from mindpeft.ops.activations import activation
-from mindpeft.ops.attention import Attention, MergeHeads, SplitHeads
+from mindpeft.ops.activations import Gate
+from mindpeft.ops.attention import Attention, SplitHeads
 from mindpeft.ops.causal_mask import CausalMask
-from mindpeft.ops.rotary import Rotate
+from mindpeft.ops.rotary import SplitAndRotate
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,16 @@ class DecoderAttention(nn.Cell):
         self.width, self.key_heads, self.head_size = spec.width, spec.key_heads, spec.head_size
         self.split_queries = SplitHeads(spec.heads)
         self.split_keys = SplitHeads(spec.key_heads)
-        kind = spec.rotary[spec.rotary_of[layer]] if spec.rotary else None
-        self.rotate = None if kind is None else Rotate(kind.size, kind.interleaved)
+        self.rotates = bool(spec.rotary)
+        if self.rotates:
+            kind = spec.rotary[spec.rotary_of[layer]]
+            self.rotate_queries = SplitAndRotate(spec.heads, kind.size, kind.interleaved)
+            self.rotate_keys = SplitAndRotate(spec.key_heads, kind.size, kind.interleaved)
         scale = spec.head_size**-0.5 if spec.score_scale is None else spec.score_scale
         scale = scale / (layer + 1) if spec.scale_by_layer else scale
-        self.attention = Attention(spec.attention_dropout, scale, spec.score_softcap)
-        self.merge_heads = MergeHeads()
+        self.attention = Attention(
+            spec.heads, spec.head_size, spec.attention_dropout, scale, spec.score_softcap
+        )
         self.cache: LayerCache | None = None
 
     def add_projections(self, spec: DecoderSpec) -> None:
@@ -141,17 +145,23 @@ class DecoderAttention(nn.Cell):
         query, key, value = self.heads_of(hidden, angles)
         if self.cache is not None:
             key, value = self.cache(key, value, place)
-        return self.output(self.merge_heads(self.attention(query, key, value, mask)))
+        return self.output(self.attention(query, key, value, mask))
 
     def heads_of(self, hidden: Tensor, angles: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, (batch, heads, length, size), turned by their positions."""
         query, key, value = self.projected(hidden)
-        query, key, value = self.split_queries(query), self.split_keys(key), self.split_keys(value)
         if self.q_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        if self.rotate is not None:
-            query, key = self.rotate(query, angles[0], angles[1]), self.rotate(key, angles[2], angles[3])
-        return query, key, value
+            query, key = self.normed(self.q_norm, query), self.normed(self.k_norm, key)
+        if self.rotates:
+            query = self.rotate_queries(query, angles[0], angles[1])
+            key = self.rotate_keys(key, angles[2], angles[3])
+        else:
+            query, key = self.split_queries(query), self.split_keys(key)
+        return query, key, self.split_keys(value)
+
+    def normed(self, norm: nn.Cell, rows: Tensor) -> Tensor:
+        """Every head's columns normalised."""
+        return norm(rows.reshape((*rows.shape[:-1], -1, self.head_size))).reshape(rows.shape)
 
 
 class JoinedAttention(DecoderAttention):
@@ -179,10 +189,10 @@ class GatedMLP(nn.Cell):
         self.gate_proj = Linear(spec.width, spec.inner_width, spec.mlp_bias)
         self.up_proj = Linear(spec.width, spec.inner_width, spec.mlp_bias)
         self.down_proj = Linear(spec.inner_width, spec.width, spec.mlp_bias)
-        self.activation = activation(spec.activation)
+        self.gate = Gate(spec.activation)
 
     def construct(self, hidden):
-        return self.down_proj(self.activation(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return self.down_proj(self.gate(self.gate_proj(hidden), self.up_proj(hidden)))
 
 
 class JoinedMLP(nn.Cell):
@@ -195,12 +205,12 @@ class JoinedMLP(nn.Cell):
         super().__init__()
         setattr(self, self.joined_name, Linear(spec.width, 2 * spec.inner_width, spec.mlp_bias))
         setattr(self, self.output_name, Linear(spec.inner_width, spec.width, spec.mlp_bias))
-        self.activation = activation(spec.activation)
+        self.gate = Gate(spec.activation)
         self.split = ops.Split(-1, 2)
 
     def construct(self, hidden):
         gate, up = self.split(getattr(self, self.joined_name)(hidden))
-        return getattr(self, self.output_name)(self.activation(gate) * up)
+        return getattr(self, self.output_name)(self.gate(gate, up))
 
 
 class DecoderLayer(nn.Cell):

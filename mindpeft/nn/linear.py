@@ -7,7 +7,7 @@ import mindspore.nn as nn
 from mindspore import Tensor, ops
 
 from mindpeft.nn.parameter import empty_parameter
-from mindpeft.ops.linear import linear
+from mindpeft.ops.linear import Product
 
 
 class Linear(nn.Cell):
@@ -24,9 +24,10 @@ class Linear(nn.Cell):
         self.weight = empty_parameter((out_features, in_features), dtype)
         self.bias = empty_parameter((out_features,), dtype) if bias else None
         self.is_product = not bias
+        self.product = Product()
 
     def construct(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return self.product(x, self.weight, self.bias)
 
 
 class Conv1D(nn.Cell):

@@ -17,6 +17,7 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from mindpeft.errors import InputError, did_you_mean
+from mindpeft.ops.cpu import kernels_on
 from mindpeft.ops.device import on_cpu
 
 
@@ -159,7 +160,7 @@ class RotaryTables(nn.Cell):
         frequencies, self.weight = SCALINGS[spec.kind](spec)
         self.frequencies = Tensor(frequencies.reshape((1, 1, -1)))
         self.kind, self.interleaved = spec.kind, spec.interleaved
-        self.heads = (heads, key_heads) if on_cpu() else (1, 1)
+        self.heads = (heads, key_heads) if on_cpu() and not kernels_on() else (1, 1)
         self.max_positions = spec.max_positions
         if spec.kind == "dynamic":
             self.factor = spec.number("factor")
@@ -182,7 +183,8 @@ class RotaryTables(nn.Cell):
 
         Returns:
             Cosines and sines for queries, then for keys: (batch, heads, length, size), the first sine of each
-            pair negative. Heads are repeated on the CPU alone, where a broadcast keeps its buffers.
+            pair negative. Heads are repeated for MindSpore's own operators of the CPU, where a broadcast
+            keeps its buffers.
         """
         batch, length = position_ids.shape
         positions = position_ids.astype(ms.float32).reshape((batch, length, 1))

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 
+import mindspore as ms
 import mindspore.nn as nn
 from mindspore import Tensor, ops
 
 from mindpeft.errors import InputError, did_you_mean
+from mindpeft.ops.cpu import kernels_on
+from mindpeft.ops.cpu.activations import ACTIVATIONS as KERNELS
+from mindpeft.ops.cpu.activations import ActivationKernel, GateKernel
 from mindpeft.ops.device import on_cpu
 
 
@@ -109,4 +113,34 @@ def activation(name: str) -> nn.Cell:
             f"unknown activation {name!r} (hidden_act); known: {', '.join(ACTIVATIONS)}"
             + did_you_mean(name, ACTIVATIONS)
         )
-    return ACTIVATIONS[name]()
+    plain = ACTIVATIONS[name]()
+    return FastActivation(name, plain) if kernels_on() and name in KERNELS else plain
+
+
+class FastActivation(nn.Cell):
+    """An activation by its kernel where the numbers are float32."""
+
+    def __init__(self, name: str, plain: nn.Cell):
+        super().__init__()
+        self.kernel, self.plain = ActivationKernel(name), plain
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.kernel(x) if x.dtype == ms.float32 else self.plain(x)
+
+
+class Gate(nn.Cell):
+    """``activation(gate) * up``, the inner part of a gated feed-forward layer (Shazeer, 2020).
+
+    Args:
+        name: of the activation, as for `activation`.
+    """
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.activation = activation(name)
+        self.kernel = GateKernel(name) if kernels_on() and name in KERNELS else None
+
+    def construct(self, gate: Tensor, up: Tensor) -> Tensor:
+        if self.kernel is None or gate.dtype != ms.float32:
+            return self.activation(gate) * up
+        return self.kernel(gate, up)

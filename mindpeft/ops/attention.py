@@ -9,6 +9,9 @@ import mindspore.nn as nn
 from mindspore import Tensor, ops
 
 from mindpeft.ops.activations import tanh
+from mindpeft.ops.cpu import kernels_on
+from mindpeft.ops.cpu.attention import AttentionKernel, MaskedAttentionKernel
+from mindpeft.ops.cpu.heads import MergeHeadsKernel, SplitHeadsKernel
 from mindpeft.ops.device import on_cpu
 from mindpeft.ops.dropout import dropout as dropout_cell
 
@@ -47,8 +50,11 @@ class SplitHeads(nn.Cell):
         self.copy_by_head = on_cpu()
         self.split = ops.Split(-1, heads)
         self.stack = ops.Stack(1)
+        self.kernel = SplitHeadsKernel(heads) if kernels_on() else None
 
     def construct(self, x: Tensor) -> Tensor:
+        if self.kernel is not None and x.dtype == ms.float32:
+            return self.kernel(x)
         if self.copy_by_head:  # Transpose keeps twice its size on the CPU
             return self.stack(self.split(x))
         batch, length, width = x.shape
@@ -58,13 +64,16 @@ class SplitHeads(nn.Cell):
 class MergeHeads(nn.Cell):
     """(batch, heads, length, size) to (batch, length, heads * size)."""
 
-    def __init__(self):
+    def __init__(self, heads: int):
         super().__init__()
         self.copy_by_head = on_cpu()
         self.unstack = ops.Unstack(1)
         self.concat = ops.Concat(-1)
+        self.kernel = MergeHeadsKernel(heads) if kernels_on() else None
 
     def construct(self, x: Tensor) -> Tensor:
+        if self.kernel is not None and x.dtype == ms.float32:
+            return self.kernel(x)
         if self.copy_by_head:
             return self.concat(self.unstack(x))
         batch, heads, length, size = x.shape
@@ -77,20 +86,32 @@ class Attention(nn.Cell):
     Several heads of queries may share one of keys and values (Ainslie et al., 2023).
 
     Args:
+        heads: of the queries.
+        size: columns of a head.
         dropout: the share of weights set to zero while training.
         scale: of the scores; ``1 / sqrt(size)`` if None.
         softcap: bounds the scores by ``softcap * tanh(scores / softcap)``.
     """
 
-    def __init__(self, dropout: float = 0.0, scale: float | None = None, softcap: float | None = None):
+    def __init__(
+        self,
+        heads: int,
+        size: int,
+        dropout: float = 0.0,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ):
         super().__init__()
-        self.scale = scale
+        self.scale = 1.0 / math.sqrt(size) if scale is None else scale
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.mix = ops.BatchMatMul()
         self.softmax = softmax()
         self.dropout = dropout_cell(dropout)
         self.softcap = None if softcap is None else SoftCap(softcap)
         self.tile = ops.Tile()
+        self.merge_heads = MergeHeads(heads)
+        self.kernel = AttentionKernel(self.scale, softcap or 0.0) if kernels_on() else None
+        self.masked_kernel = MaskedAttentionKernel(self.scale, softcap or 0.0) if kernels_on() else None
 
     def construct(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """Mix the values.
@@ -101,10 +122,18 @@ class Attention(nn.Cell):
             mask: added to the scores, broadcasts to (batch, heads, length, keys).
 
         Returns:
-            Tensor of the query's shape.
+            Tensor of shape (batch, length, heads * size).
         """
+        if self.kernel is None or query.dtype != ms.float32 or (self.training and self.dropout.p > 0):
+            return self.merge_heads(self.composed(query, key, value, mask))
+        if mask is None:
+            return self.kernel(query, key, value)[0]
+        return self.masked_kernel(query, key, value, mask)[0]
+
+    def composed(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """The same of MindSpore's operators, (batch, heads, length, size); runs inside a graph."""
         shape, key_heads = query.shape, key.shape[1]
-        query = query * (1.0 / math.sqrt(shape[-1]) if self.scale is None else self.scale)
+        query = query * self.scale
         if shape[1] != key_heads:  # the queries of a key's heads one below the other
             query = query.reshape((shape[0], key_heads, -1, shape[-1]))
             mask = None if mask is None else self.grouped(mask, shape, key_heads)
@@ -149,7 +178,7 @@ class AdditiveMask(nn.Cell):
     def __init__(self, heads: int):
         super().__init__()
         self.heads = heads
-        self.expand = on_cpu()
+        self.expand = on_cpu() and not kernels_on()
         self.tile = ops.Tile()
 
     def construct(self, mask: Tensor, queries: int, dtype: ms.Type) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from mindpeft.ops.attention import FLOATS, lowest
+from mindpeft.ops.cpu import kernels_on
 from mindpeft.ops.device import on_cpu
 
 
@@ -23,7 +24,8 @@ class CausalMask(nn.Cell):
 
     def __init__(self, heads: int, window: int | None = None):
         super().__init__()
-        self.heads = heads if on_cpu() else 1  # a broadcast in every layer would keep its buffers there
+        # With MindSpore's own operators of the CPU a broadcast in every layer would keep its buffers.
+        self.heads = heads if on_cpu() and not kernels_on() else 1
         self.window = window
         self.tile = ops.Tile()
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import mindspore as ms
+import mindspore.nn as nn
 from mindspore import Tensor, ops
+
+from mindpeft.ops.cpu import kernels_on
+from mindpeft.ops.cpu.linear import WEIGHT_TYPES, LinearBiasKernel, LinearKernel
 
 _matmul = ops.MatMul(transpose_b=True)
 _bias_add = ops.BiasAdd()
@@ -25,3 +30,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is not None:
         rows = _bias_add(rows, bias)
     return rows.reshape((*x.shape[:-1], weight.shape[0]))
+
+
+class Product(nn.Cell):
+    """`linear` as a Cell, which takes the device's own operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = LinearKernel() if kernels_on() else None
+        self.bias_kernel = LinearBiasKernel() if kernels_on() else None
+
+    def construct(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The arguments are those of `linear`."""
+        if self.kernel is None or x.dtype != ms.float32 or weight.dtype not in WEIGHT_TYPES:
+            return linear(x, weight, bias)
+        return self.kernel(x, weight) if bias is None else self.bias_kernel(x, weight, bias)

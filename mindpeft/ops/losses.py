@@ -6,6 +6,10 @@ import mindspore as ms
 import mindspore.nn as nn
 from mindspore import Tensor, ops
 
+from mindpeft.ops.cpu import kernels_on
+from mindpeft.ops.cpu.linear import WEIGHT_TYPES
+from mindpeft.ops.cpu.loss import ProjectedLossKernel
+
 IGNORED_LABEL = -100
 
 
@@ -56,6 +60,7 @@ class ProjectedCrossEntropy(nn.Cell):
 
     def __init__(self, rows: int = 256):
         super().__init__()
+        self.kernel = ProjectedLossKernel() if kernels_on() else None
         self.parts = _LossAndGradient(rows)
 
     def construct(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -69,7 +74,10 @@ class ProjectedCrossEntropy(nn.Cell):
             Scalar of dtype float32.
         """
         rows = hidden.reshape((-1, hidden.shape[-1]))
-        return self.parts(rows, weight, labels.reshape((-1,)).astype(ms.int32))[0]
+        labels = labels.reshape((-1,)).astype(ms.int32)
+        if self.kernel is not None and rows.dtype == ms.float32 and weight.dtype in WEIGHT_TYPES:
+            return self.kernel(rows, weight, labels)[0].reshape(())
+        return self.parts(rows, weight, labels)[0]
 
 
 class _LossAndGradient(nn.Cell):
@@ -85,6 +93,7 @@ class _LossAndGradient(nn.Cell):
         self.largest = ops.ReduceMax()
         self.concat = ops.Concat(0)
         self.tile = ops.Tile()
+        self.one_hot = ops.OneHot()
 
     def weights(self, labels):
         """What each row counts in the mean, (n,)."""
@@ -114,9 +123,11 @@ class _LossAndGradient(nn.Cell):
             some, wanted = hidden[start : start + self.rows], labels[start : start + self.rows]
             scale = self.tile(shares[start : start + self.rows].reshape((-1, 1)), (1, hidden.shape[1]))
             scaled = some * scale.astype(some.dtype)
-            shared = self.softmax(self.project(some, weight).astype(ms.float32)).astype(weight.dtype)
-            change = change + self.outer(shared, scaled)
-            change = ops.index_add(change, ops.maximum(wanted, 0), -scaled, 0)
+            shared = self.softmax(self.project(some, weight).astype(ms.float32))
+            # Not index_add: an operator that writes in place keeps all this in graphs that don't want it.
+            one, none = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
+            shared = shared - self.one_hot(wanted, weight.shape[0], one, none)
+            change = change + self.outer(shared.astype(weight.dtype), scaled)
         return (
             out[1] * dout[0].astype(out[1].dtype),
             change * dout[0].astype(change.dtype),

@@ -6,6 +6,8 @@ import mindspore as ms
 import mindspore.nn as nn
 from mindspore import Tensor, ops
 
+from mindpeft.ops.cpu import kernels_on
+from mindpeft.ops.cpu.norms import LayerNormKernel, RmsNormKernel
 from mindpeft.ops.device import on_cpu
 
 
@@ -65,6 +67,8 @@ class CpuLayerNorm(nn.Cell):
 
 def layer_norm(eps: float) -> nn.Cell:
     """Return the Cell ``(x, weight, bias) -> y`` for the current device; weight and bias are (width,)."""
+    if kernels_on():
+        return FastNorm(LayerNormKernel(eps), CpuLayerNorm(eps))
     return CpuLayerNorm(eps) if on_cpu() else LayerNorm(eps)
 
 
@@ -122,4 +126,19 @@ class CpuRmsNorm(nn.Cell):
 
 def rms_norm(eps: float) -> nn.Cell:
     """Return the Cell ``(x, weight) -> y`` for the current device; weight is (width,)."""
+    if kernels_on():
+        return FastNorm(RmsNormKernel(eps), CpuRmsNorm(eps))
     return CpuRmsNorm(eps) if on_cpu() else RmsNorm(eps)
+
+
+class FastNorm(nn.Cell):
+    """A norm by its kernel where all numbers are float32."""
+
+    def __init__(self, kernel: nn.Cell, plain: nn.Cell):
+        super().__init__()
+        self.kernel, self.plain = kernel, plain
+
+    def construct(self, x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+        if x.dtype != ms.float32 or weight.dtype != ms.float32:
+            return self.plain(x, weight, *bias)
+        return self.kernel(x, weight, *bias)[0]

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import mindspore as ms
 import mindspore.nn as nn
 from mindspore import Tensor, ops
+
+from mindpeft.ops.attention import SplitHeads
+from mindpeft.ops.cpu import kernels_on
+from mindpeft.ops.cpu.heads import SplitAndTurnKernel
 
 
 class Rotate(nn.Cell):
@@ -33,6 +38,31 @@ class Rotate(nn.Cell):
         if self.size == x.shape[-1]:
             return self.turn(x, cos, sin)
         return self.concat((self.turn(x[..., : self.size], cos, sin), x[..., self.size :]))
+
+
+class SplitAndRotate(nn.Cell):
+    """Splits rows into heads, as `mindpeft.ops.attention.SplitHeads` does, and turns each head's columns."""
+
+    def __init__(self, heads: int, size: int, interleaved: bool = False):
+        """
+        Args:
+            heads: how many.
+            size, interleaved: as for `Rotate`.
+        """
+        super().__init__()
+        self.split = SplitHeads(heads)
+        self.rotate = Rotate(size, interleaved)
+        self.kernel = SplitAndTurnKernel(heads, interleaved) if kernels_on() else None
+
+    def construct(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """
+        Args:
+            x: (batch, length, heads * width).
+            cos, sin: as for `Rotate`; with kernels of one head.
+        """
+        if self.kernel is not None and x.dtype == ms.float32:
+            return self.kernel(x, cos, sin)
+        return self.rotate(self.split(x), cos, sin)
 
 
 class _Turn(nn.Cell):

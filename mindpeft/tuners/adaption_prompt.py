@@ -86,7 +86,8 @@ class AdaptionPromptLayer(TunerLayer):
     def __init__(self, base_layer: nn.Cell, *slot: Any) -> None:
         super().__init__(base_layer, *slot)
         object.__setattr__(self, "inner", original(self.base_layer))  # a child of base_layer, not of this
-        self.attention = Attention()
+        heads = self.inner.width // self.inner.head_size
+        self.attention = Attention(heads, self.inner.head_size)
         self.tile = ops.Tile()
 
     @classmethod
@@ -118,7 +119,7 @@ class AdaptionPromptLayer(TunerLayer):
         _, key, value = cell.projected(ops.cast(self.adaption_prompt, hidden.dtype))
         rows = (query.shape[0], 1, 1, 1)
         key, value = cell.split_keys(key), cell.split_keys(value) * ops.cast(self.adaption_gate, value.dtype)
-        mixed = cell.merge_heads(self.attention(query, self.tile(key, rows), self.tile(value, rows)))
+        mixed = self.attention(query, self.tile(key, rows), self.tile(value, rows))
         return cell.output(mixed) if self.PROJECTS else mixed
 
 

@@ -13,6 +13,9 @@ import numpy as np
 from mindspore import nn, ops
 
 from mindpeft.errors import InputError
+from mindpeft.nn.linear import Linear
+from mindpeft.ops.cpu import kernels_on
+from mindpeft.ops.cpu.linear import WEIGHT_TYPES, LoraBiasKernel, LoraKernel
 from mindpeft.ops.dropout import dropout
 from mindpeft.ops.linear import linear
 from mindpeft.targets import pattern_value
@@ -69,6 +72,9 @@ class LoraLinear(LoraLayer):
         self.biased = False
         super().__init__(base_layer, *slot)
         self.dropout = dropout(0.0)
+        self.kernel = None
+        if type(self) is LoraLinear and type(base_layer) is Linear and kernels_on():
+            self.kernel = LoraKernel() if base_layer.bias is None else LoraBiasKernel()
 
     @classmethod
     def tensor_shapes(cls, site: Site) -> Shapes:
@@ -146,7 +152,24 @@ class LoraLinear(LoraLayer):
             return linear(hidden, self.lora_B.weight, self.lora_B.bias * self.scaling)
         return linear(hidden, self.lora_B.weight)
 
+    def joined(self, x: ms.Tensor) -> ms.Tensor:
+        """Both in one kernel; runs inside a graph."""
+        base, a, b = self.base_layer, self.lora_A.weight, self.lora_B.weight
+        if base.bias is None:
+            return self.kernel(x, base.weight, a, b, self.scaling)[0]
+        return self.kernel(x, base.weight, a, b, self.scaling, base.bias)[0]
+
+    def is_joined(self, x: ms.Tensor) -> bool:
+        """Whether one kernel does it all; a constant of the graph."""
+        drops = self.training and self.dropout.p > 0
+        if self.kernel is None or self.biased or drops:
+            return False
+        floats = x.dtype == ms.float32 and self.slot_dtype == ms.float32
+        return floats and self.base_layer.weight.dtype in WEIGHT_TYPES
+
     def construct(self, x: ms.Tensor) -> ms.Tensor:
+        if self.is_joined(x):
+            return self.joined(x)
         result = self.base_layer(x)
         update = self.update(self.dropout(ops.cast(x, self.slot_dtype)))
         return ops.cast(ops.cast(result, self.slot_dtype) + update, result.dtype)

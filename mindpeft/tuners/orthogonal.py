@@ -114,7 +114,7 @@ class BlockRotation(nn.Cell):
         self.groups, self.together = groups, blocks // groups
         mask = np.kron(np.eye(self.together), np.ones((size, size)))
         self.mask = ms.Tensor(np.tile(mask, (groups, 1, 1)) if self.together > 1 else np.ones(1), dtype)
-        self.split, self.merge = SplitHeads(groups), MergeHeads()
+        self.split, self.merge = SplitHeads(groups), MergeHeads(groups)
         self.product, self.tile = ops.BatchMatMul(), ops.Tile()
 
     def construct(self, x: ms.Tensor, matrices: ms.Tensor) -> ms.Tensor:

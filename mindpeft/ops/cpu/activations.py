@@ -1,0 +1,48 @@
+"""Activation functions, and the gated units made of them."""
+
+from __future__ import annotations
+
+import mindspore.nn as nn
+
+from mindpeft.ops.cpu.library import kernel
+
+# Hugging Face's name of an activation -> its kernel's
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "tanh_gelu",
+    "gelu_fast": "tanh_gelu",
+    "gelu_pytorch_tanh": "tanh_gelu",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
+class ActivationKernel(nn.Cell):
+    """``f(x)``, for a name of ``ACTIVATIONS``."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.forward = kernel(ACTIVATIONS[name], lambda x: x)
+        self.backward = kernel(f"{ACTIVATIONS[name]}_grad", lambda x, _: x)
+
+    def construct(self, x):
+        return self.forward(x)
+
+    def bprop(self, x, out, dout):
+        return (self.backward(x, dout),)
+
+
+class GateKernel(nn.Cell):
+    """``f(gate) * up``, for a name of ``ACTIVATIONS``."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.forward = kernel(f"{ACTIVATIONS[name]}_gate", lambda gate, _: gate)
+        self.backward = kernel(f"{ACTIVATIONS[name]}_gate_grad", lambda gate, *_: (gate, gate), 2)
+
+    def construct(self, gate, up):
+        return self.forward(gate, up)
+
+    def bprop(self, gate, up, out, dout):
+        return self.backward(gate, up, dout)

@@ -1,0 +1,62 @@
+"""Splitting rows into heads, with a rotary position embedding or without, and merging them again."""
+
+from __future__ import annotations
+
+import mindspore.nn as nn
+from mindspore import ops
+
+from mindpeft.ops.cpu.library import kernel
+
+
+def _apart(heads: int):
+    return lambda x, *_: (x[0], heads, x[1], x[2] // heads)
+
+
+def _joined(x: list[int], *_) -> tuple[int, ...]:
+    return x[0], x[2], x[1] * x[3]
+
+
+class SplitHeadsKernel(nn.Cell):
+    """(batch, length, heads * size) to (batch, heads, length, size)."""
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.forward = kernel("split_heads", _apart(heads))
+        self.backward = kernel("merge_heads", _joined)
+
+    def construct(self, x):
+        return self.forward(x)
+
+    def bprop(self, x, out, dout):
+        return (self.backward(dout),)
+
+
+class SplitAndTurnKernel(nn.Cell):
+    """The same, each head turned by cosines and sines (batch, 1 or more, length, columns to turn)."""
+
+    def __init__(self, heads: int, interleaved: bool):
+        super().__init__()
+        name = "split_and_turn_neighbours" if interleaved else "split_and_turn"
+        self.forward = kernel(name, _apart(heads))
+        self.backward = kernel(f"{name}_grad", _joined)
+
+    def construct(self, x, cos, sin):
+        return self.forward(x, cos, sin)
+
+    def bprop(self, x, cos, sin, out, dout):
+        return self.backward(dout, cos, sin), ops.zeros_like(cos), ops.zeros_like(sin)
+
+
+class MergeHeadsKernel(nn.Cell):
+    """(batch, heads, length, size) to (batch, length, heads * size)."""
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.forward = kernel("merge_heads", _joined)
+        self.backward = kernel("split_heads", _apart(heads))
+
+    def construct(self, x):
+        return self.forward(x)
+
+    def bprop(self, x, out, dout):
+        return (self.backward(dout),)

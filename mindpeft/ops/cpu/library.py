@@ -1,0 +1,121 @@
+"""Finds and loads the kernels, and says so when there are none."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import mindspore as ms
+from mindspore import Tensor, ops
+
+from mindpeft.ops.device import on_cpu
+
+SWITCH = "MINDPEFT_CPU_KERNELS"
+# Levels of the build, the best first, and what a processor must have for one (NumPy's names).
+LEVELS = {
+    "avx512": ("AVX512F", "AVX512CD", "AVX512BW", "AVX512DQ", "AVX512VL"),
+    "avx2": ("AVX2", "FMA3", "F16C"),
+    "plain": (),
+}
+_log = logging.getLogger(__name__)
+
+
+class Library(NamedTuple):
+    """The build in use, or why there is none.
+
+    Attributes:
+        path: of the shared library; None if there is none.
+        level: of the processor, a key of ``LEVELS``.
+        products: whether MindSpore's library of matrix products was found, which the kernels call.
+        reason: why there is none.
+    """
+
+    path: str | None
+    level: str = ""
+    products: bool = False
+    reason: str = ""
+
+    def describe(self) -> str:
+        """One line for people."""
+        if self.path is None:
+            return f"MindSpore's own operators ({self.reason})"
+        products = "oneDNN's products" if self.products else "plain products"
+        return f"mindpeft's kernels for {self.level}, {products}"
+
+
+@functools.cache
+def library() -> Library:
+    """Look for the build that suits this machine, once for a process."""
+    if os.environ.get(SWITCH, "1") == "0":
+        return Library(None, reason=f"{SWITCH}=0")
+    found = _load()
+    if found.path is None:
+        _log.warning("CPU kernels are not in use: %s; the same is computed slower", found.reason)
+    return found
+
+
+def kernels_on() -> bool:
+    """Whether the device is the CPU and kernels were found."""
+    return on_cpu() and library().path is not None
+
+
+def _load() -> Library:
+    features = _processor_features()
+    reason = "none were built for this platform when mindpeft was installed, which needs a C++ compiler"
+    for level, needed in LEVELS.items():
+        path = Path(__file__).parent / f"kernels_{level}.so"
+        if not path.is_file() or not all(features.get(name, False) for name in needed):
+            continue
+        try:
+            _load_products()
+            loaded = ctypes.CDLL(str(path))
+        except OSError as error:
+            reason = f"{path.name} can't be loaded: {error}"
+            continue
+        return Library(str(path), level, bool(loaded.has_fast_products()))
+    return Library(None, reason=reason)
+
+
+def _processor_features() -> dict[str, bool]:
+    from numpy.core import _multiarray_umath
+
+    return getattr(_multiarray_umath, "__cpu_features__", {})
+
+
+def _load_products() -> None:
+    """Load the oneDNN that MindSpore brings; the kernels look for it in the process."""
+    suffix = "libdnnl.dylib" if platform.system() == "Darwin" else "libdnnl.so.3"
+    path = Path(ms.__file__).parent / "lib" / suffix
+    if path.is_file():
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+
+
+def kernel(name: str, shapes: Callable, outputs: int = 1) -> ops.Custom:
+    """The operator of a kernel; `kernels_on` must hold.
+
+    Args:
+        name: as in ``src/``.
+        shapes: the inputs' shapes -> the output's, or a tuple of them.
+        outputs: how many there are, all of float32.
+    """
+    types = ms.float32 if outputs == 1 else (ms.float32,) * outputs
+    return ops.Custom(f"{library().path}:{name}", shapes, lambda *_: types, func_type="aot")
+
+
+def setting(*values: float) -> Tensor:
+    """Numbers that a kernel takes as a tensor, since it can take nothing else."""
+    return Tensor(values, ms.float32)
+
+
+def rows_of(shape: list[int]) -> int:
+    """How many rows a tensor has whose last axis is a row."""
+    rows = 1
+    for size in shape[:-1]:
+        rows *= size
+    return rows

@@ -1,0 +1,45 @@
+"""Normalisation over the last axis."""
+
+from __future__ import annotations
+
+import mindspore.nn as nn
+
+from mindpeft.ops.cpu.library import kernel, rows_of, setting
+
+
+class RmsNormKernel(nn.Cell):
+    """``(y, scale)``: x (..., width), weight (width,); scale (rows,) is for the backward pass."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.eps = setting(eps)
+        self.forward = kernel("rms_norm", lambda x, *_: (x, (rows_of(x),)), 2)
+        self.backward = kernel("rms_norm_grad", lambda x, *_: x)
+        self.backward_weight = kernel("rms_norm_grad_weight", lambda x, *_: (x[-1],))
+
+    def construct(self, x, weight):
+        return self.forward(x, weight, self.eps)
+
+    def bprop(self, x, weight, out, dout):
+        dx = self.backward(x, weight, out[1], dout[0])
+        return dx, self.backward_weight(x, out[1], dout[0])
+
+
+class LayerNormKernel(nn.Cell):
+    """``(y, mean, scale)``: x (..., width), weight and bias (width,); the others (rows,)."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.eps = setting(eps)
+        self.forward = kernel("layer_norm", lambda x, *_: (x, (rows_of(x),), (rows_of(x),)), 3)
+        self.backward = kernel("layer_norm_grad", lambda x, *_: x)
+        self.backward_weight = kernel("layer_norm_grad_weight", lambda x, *_: (x[-1],))
+        self.backward_bias = kernel("sum_rows", lambda x: (x[-1],))
+
+    def construct(self, x, weight, bias):
+        return self.forward(x, weight, bias, self.eps)
+
+    def bprop(self, x, weight, bias, out, dout):
+        dy = dout[0]
+        dx = self.backward(x, weight, out[1], out[2], dy)
+        return dx, self.backward_weight(x, out[1], out[2], dy), self.backward_bias(dy)

@@ -1,0 +1,59 @@
+// What MindSpore hands to an operator of type "aot", and what every kernel is declared with.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace mindpeft {
+
+using bfloat16 = uint16_t;  // the upper half of a float
+
+// Tensors of one call, inputs first, then outputs.
+class Arguments {
+ public:
+  Arguments(void** data, const int* ranks, int64_t** shapes, const char** types)
+      : data_(data), ranks_(ranks), shapes_(shapes), types_(types) {}
+
+  template <typename T = float>
+  T* at(int tensor) const {
+    return static_cast<T*>(data_[tensor]);
+  }
+
+  int rank(int tensor) const { return ranks_[tensor]; }
+
+  // The size of an axis; negative ones count from the last.
+  int64_t axis(int tensor, int number) const {
+    return shapes_[tensor][number < 0 ? ranks_[tensor] + number : number];
+  }
+
+  int64_t size(int tensor) const {
+    int64_t product = 1;
+    for (int i = 0; i < ranks_[tensor]; ++i) product *= shapes_[tensor][i];
+    return product;
+  }
+
+  // The last axis, and how many of its kind there are.
+  int64_t width(int tensor) const { return ranks_[tensor] == 0 ? 1 : axis(tensor, -1); }
+  int64_t rows(int tensor) const { return width(tensor) == 0 ? 0 : size(tensor) / width(tensor); }
+
+  bool is_bfloat16(int tensor) const { return std::strcmp(types_[tensor], "bfloat16") == 0; }
+
+ private:
+  void** data_;
+  const int* ranks_;
+  int64_t** shapes_;
+  const char** types_;
+};
+
+}  // namespace mindpeft
+
+// Begins the definition of the operator `name`; its body sees `arguments` and returns nothing.
+#define MINDPEFT_KERNEL(name)                                                                     \
+  static void name##_body(const mindpeft::Arguments& arguments);                                  \
+  extern "C" __attribute__((visibility("default"))) int name(int, void** data, int* ranks,        \
+                                                             int64_t** shapes, const char** types, \
+                                                             void*, void*) {                      \
+    name##_body(mindpeft::Arguments(data, ranks, shapes, types));                                 \
+    return 0;                                                                                     \
+  }                                                                                               \
+  static void name##_body(const mindpeft::Arguments& arguments)

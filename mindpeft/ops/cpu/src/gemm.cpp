@@ -1,0 +1,226 @@
+#include "gemm.h"
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "threads.h"
+#include "vector_math.h"
+
+namespace mindpeft {
+namespace {
+
+// oneDNN's products (https://github.com/uxlfoundation/oneDNN), of the library that MindSpore has loaded. The
+// last argument is a pool of threads: with none a product stays on the calling thread.
+using FloatProduct = int (*)(char, char, int64_t, int64_t, int64_t, float, const float*, int64_t, const float*,
+                             int64_t, float, float*, int64_t, void*);
+using BfloatProduct = int (*)(char, char, int64_t, int64_t, int64_t, float, const bfloat16*, int64_t,
+                              const bfloat16*, int64_t, float, float*, int64_t, void*);
+
+struct Products {
+  FloatProduct floats = nullptr;
+  BfloatProduct bfloats = nullptr;
+
+  Products() {
+    void* library = dlopen("libdnnl.so.3", RTLD_NOW | RTLD_NOLOAD);
+    if (library == nullptr) return;
+    floats = reinterpret_cast<FloatProduct>(dlsym(library, "dnnl_threadpool_interop_sgemm"));
+    bfloats = reinterpret_cast<BfloatProduct>(dlsym(library, "dnnl_threadpool_interop_gemm_bf16bf16f32"));
+  }
+};
+
+const Products& products() {
+  static const Products found;
+  return found;
+}
+
+constexpr int kLanes = 16;
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
+typedef uint16_t HalfLanes __attribute__((vector_size(kLanes * sizeof(uint16_t)), aligned(2)));
+typedef uint32_t WordLanes __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+
+inline Lanes load(const float* from) { return *reinterpret_cast<const Lanes*>(from); }
+
+inline Lanes load(const bfloat16* from) {
+  const HalfLanes halves = *reinterpret_cast<const HalfLanes*>(from);
+  return reinterpret_cast<Lanes>(__builtin_convertvector(halves, WordLanes) << 16);
+}
+
+inline float plain(float value) { return value; }
+inline float plain(bfloat16 value) { return widen(value); }
+
+inline float total(Lanes lanes) {
+  typedef float Half __attribute__((vector_size(kLanes * 2)));
+  typedef float Quarter __attribute__((vector_size(kLanes)));
+  Half halves[2];
+  std::memcpy(halves, &lanes, sizeof(lanes));
+  const Half half = halves[0] + halves[1];
+  Quarter quarters[2];
+  std::memcpy(quarters, &half, sizeof(half));
+  const Quarter sums = quarters[0] + quarters[1];
+  return (sums[0] + sums[2]) + (sums[1] + sums[3]);
+}
+
+// Products of kRows rows of x with kColumns of weight, all of length k.
+template <int kRows, int kColumns, typename Weight>
+inline void dot(const float* x, int64_t x_stride, const Weight* weight, int64_t weight_stride, int64_t k,
+                float scale, float keep, float* y, int64_t y_stride) {
+  Lanes sums[kRows][kColumns] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= k; i += kLanes) {
+    Lanes columns[kColumns];
+    for (int c = 0; c < kColumns; ++c) columns[c] = load(weight + c * weight_stride + i);
+    for (int r = 0; r < kRows; ++r) {
+      const Lanes row = load(x + r * x_stride + i);
+      for (int c = 0; c < kColumns; ++c) sums[r][c] += row * columns[c];
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kColumns; ++c) {
+      float sum = total(sums[r][c]);
+      for (int64_t j = i; j < k; ++j) sum += x[r * x_stride + j] * plain(weight[c * weight_stride + j]);
+      float& target = y[r * y_stride + c];
+      target = keep == 0.0f ? scale * sum : scale * sum + keep * target;
+    }
+  }
+}
+
+// Columns begin ... end of x weight^T, for a few rows; the tile fills the registers of AVX-512.
+template <int kRows, typename Weight>
+void stream(const float* x, int64_t x_stride, const Weight* weight, int64_t weight_stride, int64_t k,
+            int64_t begin, int64_t end, float scale, float keep, float* y, int64_t y_stride) {
+  constexpr int kColumns = kRows >= 8 ? 2 : 4;
+  int64_t n = begin;
+  for (; n + kColumns <= end; n += kColumns) {
+    dot<kRows, kColumns>(x, x_stride, weight + n * weight_stride, weight_stride, k, scale, keep, y + n, y_stride);
+  }
+  for (; n < end; ++n) {
+    dot<kRows, 1>(x, x_stride, weight + n * weight_stride, weight_stride, k, scale, keep, y + n, y_stride);
+  }
+}
+
+template <typename Weight>
+void few_rows(int64_t m, int64_t n, int64_t k, float scale, const float* x, int64_t x_stride,
+              const Weight* weight, int64_t weight_stride, float keep, float* y, int64_t y_stride) {
+  in_parallel(n, std::max<int64_t>(1, 16384 / std::max<int64_t>(k, 1)), [&](int64_t begin, int64_t end) {
+    int64_t row = 0;
+    const auto next = [&](auto rows) {
+      constexpr int kRows = decltype(rows)::value;
+      for (; row + kRows <= m; row += kRows) {
+        stream<kRows>(x + row * x_stride, x_stride, weight, weight_stride, k, begin, end, scale, keep,
+                      y + row * y_stride, y_stride);
+      }
+    };
+    next(std::integral_constant<int, 8>());
+    next(std::integral_constant<int, 4>());
+    next(std::integral_constant<int, 2>());
+    next(std::integral_constant<int, 1>());
+  });
+}
+
+// Where no library was found: a plain product over blocks that stay in the cache.
+float element(const Matrix& matrix, int64_t row, int64_t column) {
+  const int64_t place = matrix.transposed ? column * matrix.stride + row : row * matrix.stride + column;
+  return matrix.bfloat ? widen(static_cast<const bfloat16*>(matrix.data)[place])
+                       : static_cast<const float*>(matrix.data)[place];
+}
+
+void plain_product(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Matrix b, float keep, float* c,
+                   int64_t stride) {
+  constexpr int64_t kBlock = 64;
+  float* piece = scratch(7, kBlock * kBlock);
+  for (int64_t i = 0; i < m; ++i) {
+    float* row = c + i * stride;
+    for (int64_t j = 0; j < n; ++j) row[j] = keep == 0.0f ? 0.0f : row[j] * keep;
+  }
+  for (int64_t p = 0; p < k; p += kBlock) {
+    for (int64_t j = 0; j < n; j += kBlock) {
+      const int64_t deep = std::min(kBlock, k - p), wide = std::min(kBlock, n - j);
+      for (int64_t r = 0; r < deep; ++r) {
+        for (int64_t s = 0; s < wide; ++s) piece[r * wide + s] = element(b, p + r, j + s);
+      }
+      for (int64_t i = 0; i < m; ++i) {
+        float* row = c + i * stride + j;
+        for (int64_t r = 0; r < deep; ++r) {
+          const float factor = scale * element(a, i, p + r);
+          for (int64_t s = 0; s < wide; ++s) row[s] += factor * piece[r * wide + s];
+        }
+      }
+    }
+  }
+}
+
+// Part of a matrix as it is multiplied, from a row and a column on.
+Matrix from(const Matrix& matrix, int64_t row, int64_t column) {
+  const int64_t place = matrix.transposed ? column * matrix.stride + row : row * matrix.stride + column;
+  const int64_t bytes = place * (matrix.bfloat ? sizeof(bfloat16) : sizeof(float));
+  return Matrix(static_cast<const char*>(matrix.data) + bytes, matrix.stride, matrix.transposed, matrix.bfloat);
+}
+
+void split_product(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Matrix b, float keep, float* c,
+                   int64_t stride) {
+  const int64_t least = std::max<int64_t>(16, (1 << 16) / std::max<int64_t>(1, k * std::min(m, n)));
+  if (n >= m) {
+    in_parallel(n, least, [&](int64_t begin, int64_t end) {
+      multiply(m, end - begin, k, scale, a, from(b, 0, begin), keep, c + begin, stride);
+    });
+  } else {
+    in_parallel(m, least, [&](int64_t begin, int64_t end) {
+      multiply(end - begin, n, k, scale, from(a, begin, 0), b, keep, c + begin * stride, stride);
+    });
+  }
+}
+
+}  // namespace
+
+void multiply(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Matrix b, float keep, float* c,
+              int64_t stride) {
+  if (m == 0 || n == 0) return;
+  const char ta = a.transposed ? 'T' : 'N', tb = b.transposed ? 'T' : 'N';
+  if (k > 0 && !a.bfloat && products().floats != nullptr) {
+    products().floats(ta, tb, m, n, k, scale, static_cast<const float*>(a.data), a.stride,
+                      static_cast<const float*>(b.data), b.stride, keep, c, stride, nullptr);
+  } else if (k > 0 && a.bfloat && products().bfloats != nullptr) {
+    products().bfloats(ta, tb, m, n, k, scale, static_cast<const bfloat16*>(a.data), a.stride,
+                       static_cast<const bfloat16*>(b.data), b.stride, keep, c, stride, nullptr);
+  } else {
+    plain_product(m, n, k, scale, a, b, keep, c, stride);
+  }
+}
+
+void multiply_in_parallel(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Matrix b, float keep,
+                          float* c, int64_t stride) {
+  constexpr int64_t kFew = 8;
+  if (m <= kFew && !a.transposed && !a.bfloat && b.transposed) {
+    const float* x = static_cast<const float*>(a.data);
+    if (b.bfloat) {
+      few_rows(m, n, k, scale, x, a.stride, static_cast<const bfloat16*>(b.data), b.stride, keep, c, stride);
+    } else {
+      few_rows(m, n, k, scale, x, a.stride, static_cast<const float*>(b.data), b.stride, keep, c, stride);
+    }
+    return;
+  }
+  if (b.bfloat && !a.bfloat) {
+    const int64_t rows = a.transposed ? k : m, columns = a.transposed ? m : k;
+    const Shared memory((rows * columns + 1) / 2);
+    auto* rounded = reinterpret_cast<bfloat16*>(memory.data());
+    const float* x = static_cast<const float*>(a.data);
+    in_parallel(rows, 16384 / std::max<int64_t>(columns, 1) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        for (int64_t j = 0; j < columns; ++j) rounded[i * columns + j] = narrow(x[i * a.stride + j]);
+      }
+    });
+    split_product(m, n, k, scale, Matrix(rounded, columns, a.transposed, true), b, keep, c, stride);
+    return;
+  }
+  split_product(m, n, k, scale, a, b, keep, c, stride);
+}
+
+}  // namespace mindpeft
+
+// Whether MindSpore's library of products was found.
+extern "C" __attribute__((visibility("default"))) int has_fast_products() {
+  return mindpeft::products().floats != nullptr;
+}

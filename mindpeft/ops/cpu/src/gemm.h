@@ -1,0 +1,33 @@
+// Matrix products, row by row in memory.
+#pragma once
+
+#include <cstdint>
+
+#include "arguments.h"
+
+namespace mindpeft {
+
+// A matrix, or its transpose, in floats or bfloat16s.
+struct Matrix {
+  const void* data;
+  int64_t stride;  // elements from one row in memory to the next
+  bool transposed = false;
+  bool bfloat = false;
+
+  Matrix(const float* floats, int64_t stride, bool transposed = false)
+      : data(floats), stride(stride), transposed(transposed) {}
+  Matrix(const void* data, int64_t stride, bool transposed, bool bfloat)
+      : data(data), stride(stride), transposed(transposed), bfloat(bfloat) {}
+};
+
+// c (m, n) = scale a (m, k) b (k, n) + keep c, on this thread alone. If one of a and b holds bfloat16s, so
+// must the other.
+void multiply(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Matrix b, float keep, float* c,
+              int64_t stride);
+
+// The same on all threads, for matrices of any kinds: if b alone holds bfloat16s, a is rounded to them. Few
+// rows and a transposed b (as in a step that writes one token) are read at the speed of the memory.
+void multiply_in_parallel(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Matrix b, float keep,
+                          float* c, int64_t stride);
+
+}  // namespace mindpeft

@@ -1,0 +1,146 @@
+// Layer normalisation and its variant without a mean, over the last axis.
+#include <cmath>
+#include <vector>
+
+#include "arguments.h"
+#include "threads.h"
+
+namespace {
+
+using mindpeft::in_parallel;
+
+int64_t least_rows(int64_t width) { return 8192 / (width + 1) + 1; }
+
+// Adds the rows' shares of a weight's gradient: part(row, sums) does so for one row.
+template <typename Part>
+void sum_over_rows(int64_t rows, int64_t width, float* result, const Part& part) {
+  const int64_t pieces = std::max<int64_t>(1, std::min<int64_t>(mindpeft::thread_count(), rows / 16));
+  const mindpeft::Shared memory(pieces * width);
+  float* sums = memory.data();
+  mindpeft::run_tasks(pieces, [&](int64_t piece) {
+    float* mine = sums + piece * width;
+    for (int64_t i = 0; i < width; ++i) mine[i] = 0;
+    for (int64_t row = rows * piece / pieces; row < rows * (piece + 1) / pieces; ++row) part(row, mine);
+  });
+  for (int64_t i = 0; i < width; ++i) {
+    result[i] = 0;
+    for (int64_t piece = 0; piece < pieces; ++piece) result[i] += sums[piece * width + i];
+  }
+}
+
+}  // namespace
+
+// x, weight, eps -> y, scale (rows): 1 / sqrt(mean(x^2) + eps)
+MINDPEFT_KERNEL(rms_norm) {
+  const int64_t rows = arguments.rows(0), width = arguments.width(0);
+  const float *x = arguments.at(0), *weight = arguments.at(1), eps = *arguments.at(2);
+  float *y = arguments.at(3), *scales = arguments.at(4);
+  in_parallel(rows, least_rows(width), [=](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const float* in = x + row * width;
+      float* out = y + row * width;
+      float squares = 0;
+#pragma omp simd reduction(+ : squares)
+      for (int64_t i = 0; i < width; ++i) squares += in[i] * in[i];
+      const float scale = 1.0f / std::sqrt(squares / width + eps);
+      scales[row] = scale;
+      for (int64_t i = 0; i < width; ++i) out[i] = in[i] * scale * weight[i];
+    }
+  });
+}
+
+// x, weight, scale, dy -> dx
+MINDPEFT_KERNEL(rms_norm_grad) {
+  const int64_t rows = arguments.rows(0), width = arguments.width(0);
+  const float *x = arguments.at(0), *weight = arguments.at(1), *scales = arguments.at(2), *dy = arguments.at(3);
+  float* dx = arguments.at(4);
+  in_parallel(rows, least_rows(width), [=](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const float *in = x + row * width, *d = dy + row * width, scale = scales[row];
+      float* out = dx + row * width;
+      float shared = 0;
+#pragma omp simd reduction(+ : shared)
+      for (int64_t i = 0; i < width; ++i) shared += d[i] * weight[i] * in[i];
+      const float factor = shared * scale * scale / width;
+      for (int64_t i = 0; i < width; ++i) out[i] = (d[i] * weight[i] - in[i] * factor) * scale;
+    }
+  });
+}
+
+// x, scale, dy -> dweight
+MINDPEFT_KERNEL(rms_norm_grad_weight) {
+  const int64_t width = arguments.width(0);
+  const float *x = arguments.at(0), *scales = arguments.at(1), *dy = arguments.at(2);
+  sum_over_rows(arguments.rows(0), width, arguments.at(3), [=](int64_t row, float* sums) {
+    const float *in = x + row * width, *d = dy + row * width, scale = scales[row];
+    for (int64_t i = 0; i < width; ++i) sums[i] += d[i] * in[i] * scale;
+  });
+}
+
+// x, weight, bias, eps -> y, mean (rows), scale (rows): 1 / sqrt(variance + eps)
+MINDPEFT_KERNEL(layer_norm) {
+  const int64_t rows = arguments.rows(0), width = arguments.width(0);
+  const float *x = arguments.at(0), *weight = arguments.at(1), *bias = arguments.at(2), eps = *arguments.at(3);
+  float *y = arguments.at(4), *means = arguments.at(5), *scales = arguments.at(6);
+  in_parallel(rows, least_rows(width), [=](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const float* in = x + row * width;
+      float* out = y + row * width;
+      float sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < width; ++i) sum += in[i];
+      const float mean = sum / width;
+#pragma omp simd reduction(+ : squares)
+      for (int64_t i = 0; i < width; ++i) squares += (in[i] - mean) * (in[i] - mean);
+      const float scale = 1.0f / std::sqrt(squares / width + eps);
+      means[row] = mean;
+      scales[row] = scale;
+      for (int64_t i = 0; i < width; ++i) out[i] = (in[i] - mean) * scale * weight[i] + bias[i];
+    }
+  });
+}
+
+// x, weight, mean, scale, dy -> dx
+MINDPEFT_KERNEL(layer_norm_grad) {
+  const int64_t rows = arguments.rows(0), width = arguments.width(0);
+  const float *x = arguments.at(0), *weight = arguments.at(1), *means = arguments.at(2), *scales = arguments.at(3);
+  const float* dy = arguments.at(4);
+  float* dx = arguments.at(5);
+  in_parallel(rows, least_rows(width), [=](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const float *in = x + row * width, *d = dy + row * width, mean = means[row], scale = scales[row];
+      float* out = dx + row * width;
+      float sum = 0, shared = 0;
+#pragma omp simd reduction(+ : sum, shared)
+      for (int64_t i = 0; i < width; ++i) {
+        const float part = d[i] * weight[i];
+        sum += part;
+        shared += part * (in[i] - mean);
+      }
+      const float level = sum / width, factor = shared * scale * scale / width;
+      for (int64_t i = 0; i < width; ++i) {
+        out[i] = (d[i] * weight[i] - level - (in[i] - mean) * factor) * scale;
+      }
+    }
+  });
+}
+
+// x, mean, scale, dy -> dweight
+MINDPEFT_KERNEL(layer_norm_grad_weight) {
+  const int64_t width = arguments.width(0);
+  const float *x = arguments.at(0), *means = arguments.at(1), *scales = arguments.at(2), *dy = arguments.at(3);
+  sum_over_rows(arguments.rows(0), width, arguments.at(4), [=](int64_t row, float* sums) {
+    const float *in = x + row * width, *d = dy + row * width, mean = means[row], scale = scales[row];
+    for (int64_t i = 0; i < width; ++i) sums[i] += d[i] * (in[i] - mean) * scale;
+  });
+}
+
+// x -> the sum over all axes but the last: the gradient of a bias
+MINDPEFT_KERNEL(sum_rows) {
+  const int64_t width = arguments.width(0);
+  const float* x = arguments.at(0);
+  sum_over_rows(arguments.rows(0), width, arguments.at(1), [=](int64_t row, float* sums) {
+    const float* in = x + row * width;
+    for (int64_t i = 0; i < width; ++i) sums[i] += in[i];
+  });
+}

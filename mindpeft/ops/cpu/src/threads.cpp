@@ -1,0 +1,140 @@
+#include "threads.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+namespace mindpeft {
+namespace {
+
+constexpr int kSlots = 8;
+constexpr std::size_t kAlignment = 64;
+
+int wanted_threads() {
+  for (const char* name : {"MINDPEFT_NUM_THREADS", "OMP_NUM_THREADS"}) {
+    const char* value = std::getenv(name);
+    const int number = value == nullptr ? 0 : std::atoi(value);
+    if (number > 0) return std::min(number, 256);
+  }
+#ifdef __linux__
+  cpu_set_t mine;  // a container or taskset may leave fewer cores than the machine has
+  if (sched_getaffinity(0, sizeof(mine), &mine) == 0) return std::max(1, CPU_COUNT(&mine));
+#endif
+  return std::max(1u, std::thread::hardware_concurrency());
+}
+
+class Pool {
+ public:
+  explicit Pool(int threads) : threads_(threads) {
+    for (int i = 1; i < threads; ++i) std::thread([this] { serve(); }).detach();
+  }
+
+  int threads() const { return threads_; }
+
+  void run(int64_t count, const std::function<void(int64_t)>& task) {
+    std::unique_lock<std::mutex> mine(caller_, std::try_to_lock);
+    if (count <= 1 || threads_ == 1 || !mine.owns_lock()) {
+      for (int64_t i = 0; i < count; ++i) task(i);
+      return;
+    }
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      task_ = &task;
+      count_ = count;
+      next_.store(0);
+      ++number_;
+    }
+    wake_.notify_all();
+    work(task, count);
+    std::unique_lock<std::mutex> lock(mutex_);
+    task_ = nullptr;  // who wakes up later finds nothing to do
+    done_.wait(lock, [this] { return busy_ == 0; });
+  }
+
+ private:
+  void work(const std::function<void(int64_t)>& task, int64_t count) {
+    for (int64_t i = next_.fetch_add(1); i < count; i = next_.fetch_add(1)) task(i);
+  }
+
+  void serve() {
+    uint64_t seen = 0;
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return task_ != nullptr && number_ != seen; });
+      seen = number_;
+      const auto* task = task_;
+      const int64_t count = count_;
+      ++busy_;
+      lock.unlock();
+      work(*task, count);
+      lock.lock();
+      if (--busy_ == 0) done_.notify_one();
+    }
+  }
+
+  const int threads_;
+  std::mutex caller_, mutex_;
+  std::condition_variable wake_, done_;
+  const std::function<void(int64_t)>* task_ = nullptr;
+  int64_t count_ = 0;
+  std::atomic<int64_t> next_{0};
+  uint64_t number_ = 0;
+  int busy_ = 0;
+};
+
+// Never destroyed: its threads may still sleep when the process ends.
+Pool* pool = nullptr;
+std::mutex making;
+
+Pool& the_pool() {
+  std::lock_guard<std::mutex> lock(making);
+  if (pool == nullptr) {
+    pool = new Pool(wanted_threads());
+    pthread_atfork(nullptr, nullptr, [] { pool = nullptr; });  // a child has none of its parent's threads
+  }
+  return *pool;
+}
+
+float* allocate(int64_t floats) {
+  const std::size_t bytes = (floats * sizeof(float) + kAlignment - 1) / kAlignment * kAlignment;
+  return static_cast<float*>(::operator new(std::max<std::size_t>(bytes, kAlignment), std::align_val_t(kAlignment)));
+}
+
+void release(float* data) { ::operator delete(data, std::align_val_t(kAlignment)); }
+
+struct Buffer {
+  float* data = nullptr;
+  int64_t floats = 0;
+  ~Buffer() { release(data); }
+};
+
+}  // namespace
+
+int thread_count() { return the_pool().threads(); }
+
+void run_tasks(int64_t count, const std::function<void(int64_t)>& task) { the_pool().run(count, task); }
+
+float* scratch(int slot, int64_t floats) {
+  thread_local Buffer buffers[kSlots];
+  Buffer& buffer = buffers[slot];
+  if (buffer.floats < floats) {
+    release(buffer.data);
+    buffer.data = nullptr;
+    buffer.data = allocate(floats);
+    buffer.floats = floats;
+  }
+  return buffer.data;
+}
+
+Shared::Shared(int64_t floats) : data_(allocate(floats)) {}
+Shared::~Shared() { release(data_); }
+
+}  // namespace mindpeft
