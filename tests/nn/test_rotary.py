@@ -64,6 +64,7 @@ def test_frequencies_are_those_of_transformers(name):
 
 def test_tables():
     tables = RotaryTables(spec_of("default"), 3, 2)
+    tables.heads = (3, 2)
     positions = np.array([[0, 1, 2, 7], [5, 0, 0, 90]], np.int32)
     cos, sin, key_cos, key_sin = tables(Tensor(positions), ms.float32)
     angles = positions[..., None] * plain_frequencies(spec_of("default")).astype(np.float64)

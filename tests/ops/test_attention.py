@@ -51,8 +51,10 @@ def test_split_and_merge_are_exact(batch, length, heads, size, dtype):
     def split(t):
         return t.reshape(batch, length, heads, size).transpose(1, 2)
 
-    for by_head in (True, False):
-        splitter, merger = SplitHeads(heads), MergeHeads()
+    for by_kernel, by_head in ((True, False), (False, True), (False, False)):
+        splitter, merger = SplitHeads(heads), MergeHeads(heads)
+        if not by_kernel:
+            splitter.kernel = merger.kernel = None
         splitter.copy_by_head = merger.copy_by_head = by_head
         np.testing.assert_array_equal(splitter(Tensor(x)).asnumpy(), split(torch.tensor(x)).numpy())
         np.testing.assert_array_equal(merger(splitter(Tensor(x))).asnumpy(), x)
@@ -72,7 +74,10 @@ def test_attention_equals_torch(queries, keys):
     mask = np.where(random(2, 3, queries, keys) > -0.3, 0, -1e9).astype(np.float32)
     mask[..., 0] = 0
     theirs = torch.nn.functional.scaled_dot_product_attention
-    attention = Attention()
+    attention = Attention(3, 5)
+
+    def merged(*arguments, **options):
+        return theirs(*arguments, **options).transpose(1, 2).flatten(2)
 
     # the mask's own gradient is no part of the contract
     def ours(q, k, v):
@@ -80,8 +85,8 @@ def test_attention_equals_torch(queries, keys):
 
     found = run(ours, query, key, value)
     wanted = torch.tensor(mask, dtype=torch.float64)
-    assert_close(found, run_torch(lambda q, k, v: theirs(q, k, v, attn_mask=wanted), query, key, value), 2e-6)
-    assert_close(run(attention, query, key, value), run_torch(theirs, query, key, value), 2e-6)
+    assert_close(found, run_torch(lambda q, k, v: merged(q, k, v, attn_mask=wanted), query, key, value), 2e-6)
+    assert_close(run(attention, query, key, value), run_torch(merged, query, key, value), 2e-6)
 
 
 ZERO_ONE = (np.random.default_rng(1).random((2, 5, 5)) < 0.5).astype(np.int32)
@@ -120,7 +125,7 @@ def test_additive_mask(name, kind, dtype):
 
 def attend_to_nothing(query, key):
     """Ours, where the first text of the batch sees nothing."""
-    attention, mask_cell = Attention(), AdditiveMask(2)
+    attention, mask_cell = Attention(2, 3), AdditiveMask(2)
     visible = Tensor(np.array([[0, 0, 0, 0], [1, 1, 0, 0]], np.int32))
 
     def ours(q, k, v):
@@ -133,7 +138,8 @@ def test_rows_that_see_nothing_attend_evenly():
     query = random(2, 2, 4, 3, scale=5)
     found = attend_to_nothing(query, query)
     assert all(np.isfinite(array).all() for array in found)
-    np.testing.assert_allclose(found[0][0], query[0].mean(1, keepdims=True) + np.zeros((2, 4, 3)), atol=1e-6)
+    evenly = np.tile(query[0].mean(1).reshape((1, 6)), (4, 1))
+    np.testing.assert_allclose(found[0][0], evenly, atol=1e-6)
 
 
 @pytest.mark.parametrize("sign", [1, -1])

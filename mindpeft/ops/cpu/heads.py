@@ -21,7 +21,7 @@ class SplitHeadsKernel(nn.Cell):
 
     def __init__(self, heads: int):
         super().__init__()
-        self.forward = kernel("split_heads", _apart(heads))
+        self.forward = kernel("split_heads", _apart(heads), heads=heads)
         self.backward = kernel("merge_heads", _joined)
 
     def construct(self, x):
@@ -37,7 +37,7 @@ class SplitAndTurnKernel(nn.Cell):
     def __init__(self, heads: int, interleaved: bool):
         super().__init__()
         name = "split_and_turn_neighbours" if interleaved else "split_and_turn"
-        self.forward = kernel(name, _apart(heads))
+        self.forward = kernel(name, _apart(heads), heads=heads)
         self.backward = kernel(f"{name}_grad", _joined)
 
     def construct(self, x, cos, sin):
@@ -53,7 +53,7 @@ class MergeHeadsKernel(nn.Cell):
     def __init__(self, heads: int):
         super().__init__()
         self.forward = kernel("merge_heads", _joined)
-        self.backward = kernel("split_heads", _apart(heads))
+        self.backward = kernel("split_heads", _apart(heads), heads=heads)
 
     def construct(self, x):
         return self.forward(x)

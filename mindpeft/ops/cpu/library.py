@@ -96,16 +96,21 @@ def _load_products() -> None:
         ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
-def kernel(name: str, shapes: Callable, outputs: int = 1) -> ops.Custom:
+def kernel(name: str, shapes: Callable, outputs: int = 1, **attributes: int) -> ops.Custom:
     """The operator of a kernel; `kernels_on` must hold.
 
     Args:
         name: as in ``src/``.
         shapes: the inputs' shapes -> the output's, or a tuple of them.
         outputs: how many there are, all of float32.
+        attributes: what else the shapes depend on. MindSpore takes two operators of one name and the same
+            attributes for one, and gives the second the first one's shapes.
     """
     types = ms.float32 if outputs == 1 else (ms.float32,) * outputs
-    return ops.Custom(f"{library().path}:{name}", shapes, lambda *_: types, func_type="aot")
+    operator = ops.Custom(f"{library().path}:{name}", shapes, lambda *_: types, func_type="aot")
+    for key, value in attributes.items():
+        operator.add_prim_attr(key, value)
+    return operator
 
 
 def setting(*values: float) -> Tensor:
