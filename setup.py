@@ -77,11 +77,15 @@ def kernels() -> list[Extension]:
 
 
 class BuildKernels(build_ext):
-    """Builds them side by side, under names without Python's version: they know nothing of Python."""
+    """Builds them under names without Python's version, which they know nothing of."""
 
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.parallel = self.parallel or 2
+    def build_extension(self, ext: Extension) -> None:
+        together = self.build_temp
+        self.build_temp = f"{together}/{ext.name}"  # else both would write the same object files
+        try:
+            super().build_extension(ext)
+        finally:
+            self.build_temp = together
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"

@@ -14,6 +14,7 @@ from mindpeft.errors import InputError
 from mindpeft.generate import mindir_script
 from mindpeft.generate.session import PromptStep, Session, TokenStep, virtual_tokens
 from mindpeft.generate.text import check_room, default_config, filler_of
+from mindpeft.ops.cpu.library import without_kernels
 
 SETTINGS_NAME, SCRIPT_NAME = "settings.json", "generate.py"
 
@@ -61,7 +62,7 @@ def export_mindir(
     one = np.ones((rows, prompt), np.int32)
     prompts = [Tensor(one), Tensor(one), Tensor(np.cumsum(one, 1, dtype=np.int32) - 1)]
     token = [Tensor(np.ones((rows, size), np.int32)) for size in (1, room, 1)]
-    with session.attached():
+    with without_kernels(model), session.attached():
         ms.export(
             _Prefill(model, session.caches).set_train(False),
             *prompts,

@@ -12,6 +12,7 @@ from mindspore import Tensor, nn, ops
 from mindpeft.errors import InputError
 from mindpeft.nn.cache import LayerCache
 from mindpeft.nn.decoder import DecoderAttention
+from mindpeft.ops.attention import FLOATS, Attention
 
 _LEAST_BUCKET = 16
 _WASTE = 4  # a prompt may be padded to that many times its length before new graphs are compiled
@@ -78,13 +79,11 @@ class Session:
         self.model, self.rows, self.prompt, self.room = model, rows, prompt, room
         self.virtual = virtual_tokens(model)
         self.attentions = attentions_of(model)
-        dtype = next(
-            p.dtype for p in model.get_parameters() if p.dtype in (ms.float32, ms.float16, ms.bfloat16)
-        )
+        self.dtype = next(p.dtype for p in model.get_parameters() if p.dtype in FLOATS)
         self.caches = nn.CellList(auto_prefix=False)
         for number, attention in enumerate(self.attentions):
             shape = (rows, attention.key_heads, room, attention.head_size)
-            self.caches.append(LayerCache(*shape, dtype, f"cache.{number}"))
+            self.caches.append(LayerCache(*shape, self.dtype, f"cache.{number}"))
         self.prompt_step = PromptStep(model, self.caches).set_train(False)
         self.token_step = TokenStep(model, self.caches).set_train(False)
         self.reorder_step = Reorder(self.caches).set_train(False)
@@ -95,11 +94,17 @@ class Session:
         """The attentions keep what they see in this session's caches."""
         for attention, cache in zip(self.attentions, self.caches, strict=True):
             object.__setattr__(attention, "cache", cache)  # not a child: it belongs to the session
+            cache.kernel = self.kernel_of(attention)
         try:
             yield
         finally:
             for attention in self.attentions:
                 object.__setattr__(attention, "cache", None)
+
+    def kernel_of(self, attention: DecoderAttention) -> nn.Cell | None:
+        """What attends in the cache by itself; None where an adapter stands around the attention."""
+        plain = isinstance(attention.attention, Attention) and self.dtype == ms.float32
+        return attention.attention.cached_kernel if plain else None
 
     def read_prompts(self, tokens: np.ndarray, real: np.ndarray) -> tuple[Tensor, Tensor]:
         """Fill the caches with prompts.

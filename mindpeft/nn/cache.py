@@ -20,6 +20,9 @@ class LayerCache(nn.Cell):
         size: columns of a head.
         dtype: of keys and values.
         name: of its parameters, before ``.keys`` and ``.values``.
+
+    Attributes:
+        kernel: attention that writes to the cache itself, if it can be used; the cache is not called then.
     """
 
     def __init__(
@@ -31,6 +34,7 @@ class LayerCache(nn.Cell):
         self.values = self.memory(dtype, f"{name}.values")
         self.lines = Tensor(np.arange(rows * heads).reshape((-1, 1)) * room, ms.int32)
         self.write = ops.ScatterUpdate()
+        self.kernel: nn.Cell | None = None
 
     def memory(self, dtype: ms.Type, name: str) -> Parameter:
         """Zeros that no optimizer trains, one line for each row, head and token."""

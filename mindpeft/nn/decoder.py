@@ -143,9 +143,16 @@ class DecoderAttention(nn.Cell):
             place: (1,), where in the cache the tokens go.
         """
         query, key, value = self.heads_of(hidden, angles)
-        if self.cache is not None:
-            key, value = self.cache(key, value, place)
-        return self.output(self.attention(query, key, value, mask))
+        return self.output(self.mixed(query, key, value, mask, place))
+
+    def mixed(self, query, key, value, mask, place):
+        """What attention gives, (batch, length, heads * size), for the heads of `heads_of`."""
+        if self.cache is None:
+            return self.attention(query, key, value, mask)
+        if self.cache.kernel is not None:
+            return self.cache.kernel(query, key, value, mask, self.cache.keys, self.cache.values, place)
+        key, value = self.cache(key, value, place)
+        return self.attention(query, key, value, mask)
 
     def heads_of(self, hidden: Tensor, angles: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, (batch, heads, length, size), turned by their positions."""

@@ -10,7 +10,7 @@ from mindspore import Tensor, ops
 
 from mindpeft.ops.activations import tanh
 from mindpeft.ops.cpu import kernels_on
-from mindpeft.ops.cpu.attention import AttentionKernel, MaskedAttentionKernel
+from mindpeft.ops.cpu.attention import AttentionKernel, CachedAttentionKernel, MaskedAttentionKernel
 from mindpeft.ops.cpu.heads import MergeHeadsKernel, SplitHeadsKernel
 from mindpeft.ops.device import on_cpu
 from mindpeft.ops.dropout import dropout as dropout_cell
@@ -110,8 +110,11 @@ class Attention(nn.Cell):
         self.softcap = None if softcap is None else SoftCap(softcap)
         self.tile = ops.Tile()
         self.merge_heads = MergeHeads(heads)
-        self.kernel = AttentionKernel(self.scale, softcap or 0.0) if kernels_on() else None
-        self.masked_kernel = MaskedAttentionKernel(self.scale, softcap or 0.0) if kernels_on() else None
+        self.kernel = self.masked_kernel = self.cached_kernel = None
+        if kernels_on():
+            self.kernel = AttentionKernel(self.scale, softcap or 0.0)
+            self.masked_kernel = MaskedAttentionKernel(self.scale, softcap or 0.0)
+            self.cached_kernel = CachedAttentionKernel(self.scale, softcap or 0.0)
 
     def construct(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """Mix the values.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import mindspore.nn as nn
-
-from mindpeft.ops.cpu.library import kernel
+from mindpeft.ops.cpu.library import Kernel, kernel
 
 # Hugging Face's name of an activation -> its kernel's
 ACTIVATIONS = {
@@ -18,7 +16,7 @@ ACTIVATIONS = {
 }
 
 
-class ActivationKernel(nn.Cell):
+class ActivationKernel(Kernel):
     """``f(x)``, for a name of ``ACTIVATIONS``."""
 
     def __init__(self, name: str):
@@ -33,7 +31,7 @@ class ActivationKernel(nn.Cell):
         return (self.backward(x, dout),)
 
 
-class GateKernel(nn.Cell):
+class GateKernel(Kernel):
     """``f(gate) * up``, for a name of ``ACTIVATIONS``."""
 
     def __init__(self, name: str):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import mindspore.nn as nn
 from mindspore import ops
 
-from mindpeft.ops.cpu.library import kernel, setting
+from mindpeft.ops.cpu.library import Kernel, kernel, setting
 
 
 def _mixed(q: list[int], k: list[int], v: list[int], *_) -> tuple[tuple[int, ...], ...]:
@@ -13,11 +12,15 @@ def _mixed(q: list[int], k: list[int], v: list[int], *_) -> tuple[tuple[int, ...
     return (batch, length, heads * v[-1]), (batch, heads, length)
 
 
+def _mixed_only(q: list[int], k: list[int], v: list[int], *_) -> tuple[int, ...]:
+    return _mixed(q, k, v)[0]
+
+
 def _inputs(q: list[int], k: list[int], v: list[int], *_) -> tuple[list[int], ...]:
     return q, k, v
 
 
-class AttentionKernel(nn.Cell):
+class AttentionKernel(Kernel):
     """``(out, logs)``: q (batch, heads, length, size), k and v (batch, key heads, keys, size).
 
     out is (batch, length, heads * size); logs (batch, heads, length) is for the backward pass.
@@ -40,7 +43,7 @@ class AttentionKernel(nn.Cell):
         return self.backward(q, k, v, self.settings, out[0], out[1], dout[0])
 
 
-class MaskedAttentionKernel(nn.Cell):
+class MaskedAttentionKernel(Kernel):
     """The same with a mask that is added to the scores and gets no gradient.
 
     Each of its axes but the last, (batch, heads, length, keys), may be of size 1.
@@ -58,3 +61,32 @@ class MaskedAttentionKernel(nn.Cell):
     def bprop(self, q, k, v, mask, out, dout):
         dq, dk, dv = self.backward(q, k, v, mask, self.settings, out[0], out[1], dout[0])
         return dq, dk, dv, ops.zeros_like(mask)
+
+
+class CachedAttentionKernel(Kernel):
+    """Attention that first puts keys and values into caches, (batch * key heads * room, size).
+
+    The kernel writes to the caches unknown to MindSpore: for an operator that it knows to write, it copies
+    every parameter that a graph reads both before and after (a tied embedding, twice, for each token).
+
+    Args:
+        scale, softcap: as for `AttentionKernel`.
+    """
+
+    def __init__(self, scale: float, softcap: float):
+        super().__init__()
+        self.settings = setting(scale, softcap)
+        self.first = kernel("attention_beginning_cache", _mixed_only)
+        self.later = kernel("attention_with_cache", _mixed_only)
+
+    def construct(self, q, k, v, mask, keys, values, place=None):
+        """
+        Args:
+            q, k, v: of the new tokens.
+            mask: of those, or, with ``place``, of all that the caches have room for.
+            keys, values: the caches.
+            place: (1,) int32, of the first token; None for the beginning.
+        """
+        if place is None:
+            return self.first(q, k, v, mask, self.settings, keys, values)
+        return self.later(q, k, v, mask, self.settings, keys, values, place)

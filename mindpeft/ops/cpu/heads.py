@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import mindspore.nn as nn
 from mindspore import ops
 
-from mindpeft.ops.cpu.library import kernel
+from mindpeft.ops.cpu.library import Kernel, kernel
 
 
 def _apart(heads: int):
@@ -16,7 +15,7 @@ def _joined(x: list[int], *_) -> tuple[int, ...]:
     return x[0], x[2], x[1] * x[3]
 
 
-class SplitHeadsKernel(nn.Cell):
+class SplitHeadsKernel(Kernel):
     """(batch, length, heads * size) to (batch, heads, length, size)."""
 
     def __init__(self, heads: int):
@@ -31,7 +30,7 @@ class SplitHeadsKernel(nn.Cell):
         return (self.backward(dout),)
 
 
-class SplitAndTurnKernel(nn.Cell):
+class SplitAndTurnKernel(Kernel):
     """The same, each head turned by cosines and sines (batch, 1 or more, length, columns to turn)."""
 
     def __init__(self, heads: int, interleaved: bool):
@@ -47,7 +46,7 @@ class SplitAndTurnKernel(nn.Cell):
         return self.backward(dout, cos, sin), ops.zeros_like(cos), ops.zeros_like(sin)
 
 
-class MergeHeadsKernel(nn.Cell):
+class MergeHeadsKernel(Kernel):
     """(batch, heads, length, size) to (batch, length, heads * size)."""
 
     def __init__(self, heads: int):

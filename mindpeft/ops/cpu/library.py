@@ -7,12 +7,13 @@ import functools
 import logging
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import mindspore as ms
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
 
 from mindpeft.ops.device import on_cpu
 
@@ -94,6 +95,26 @@ def _load_products() -> None:
     path = Path(ms.__file__).parent / "lib" / suffix
     if path.is_file():
         ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+
+
+class Kernel(nn.Cell):
+    """What all Cells of kernels share; a Cell that chooses holds one as its child, or None."""
+
+
+@contextmanager
+def without_kernels(model: nn.Cell) -> Iterator[None]:
+    """All of a model's Cells compute by MindSpore's operators: for graphs that leave this process."""
+    taken = []
+    for _, cell in list(model.cells_and_names()):
+        children = cell.name_cells().items()
+        taken += [(cell, name, child) for name, child in children if isinstance(child, Kernel)]
+    for cell, name, _ in taken:
+        setattr(cell, name, None)
+    try:
+        yield
+    finally:
+        for cell, name, child in taken:
+            setattr(cell, name, child)
 
 
 def kernel(name: str, shapes: Callable, outputs: int = 1, **attributes: int) -> ops.Custom:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import mindspore as ms
-import mindspore.nn as nn
 from mindspore import Tensor, ops
 
-from mindpeft.ops.cpu.library import kernel, rows_of
+from mindpeft.ops.cpu.library import Kernel, kernel, rows_of
 
 WEIGHT_TYPES = (ms.float32, ms.bfloat16)
 
@@ -15,7 +14,7 @@ def _of_rows(x: list[int], weight: list[int], *_) -> tuple[int, ...]:
     return (*x[:-1], weight[0])
 
 
-class _Gradients(nn.Cell):
+class _Gradients(Kernel):
     """What a product's weight and bias get; a graph in which they are frozen holds neither."""
 
     def __init__(self):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import mindspore.nn as nn
 from mindspore import ops
 
-from mindpeft.ops.cpu.library import kernel
+from mindpeft.ops.cpu.library import Kernel, kernel
 
 
-class ProjectedLossKernel(nn.Cell):
+class ProjectedLossKernel(Kernel):
     """``(loss, its gradient in hidden)``: hidden (rows, width), weight (vocabulary, width), labels (rows,).
 
     The mean cross-entropy of ``hidden @ weight.T`` over labels that are not negative, (1,). The gradient of

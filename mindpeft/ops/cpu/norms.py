@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import mindspore.nn as nn
-
-from mindpeft.ops.cpu.library import kernel, rows_of, setting
+from mindpeft.ops.cpu.library import Kernel, kernel, rows_of, setting
 
 
-class RmsNormKernel(nn.Cell):
+class RmsNormKernel(Kernel):
     """``(y, scale)``: x (..., width), weight (width,); scale (rows,) is for the backward pass."""
 
     def __init__(self, eps: float):
@@ -25,7 +23,7 @@ class RmsNormKernel(nn.Cell):
         return dx, self.backward_weight(x, out[1], dout[0])
 
 
-class LayerNormKernel(nn.Cell):
+class LayerNormKernel(Kernel):
     """``(y, mean, scale)``: x (..., width), weight and bias (width,); the others (rows,)."""
 
     def __init__(self, eps: float):

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "memory.h"
+
 namespace mindpeft {
 
 using bfloat16 = uint16_t;  // the upper half of a float
@@ -11,8 +13,12 @@ using bfloat16 = uint16_t;  // the upper half of a float
 // Tensors of one call, inputs first, then outputs.
 class Arguments {
  public:
-  Arguments(void** data, const int* ranks, int64_t** shapes, const char** types)
-      : data_(data), ranks_(ranks), shapes_(shapes), types_(types) {}
+  Arguments(int count, void** data, const int* ranks, int64_t** shapes, const char** types)
+      : data_(data), ranks_(ranks), shapes_(shapes), types_(types) {
+    for (int tensor = 0; tensor < count; ++tensor) {
+      use_large_pages(data[tensor], size(tensor) * (is_bfloat16(tensor) ? 2 : 4));
+    }
+  }
 
   template <typename T = float>
   T* at(int tensor) const {
@@ -50,10 +56,10 @@ class Arguments {
 // Begins the definition of the operator `name`; its body sees `arguments` and returns nothing.
 #define MINDPEFT_KERNEL(name)                                                                     \
   static void name##_body(const mindpeft::Arguments& arguments);                                  \
-  extern "C" __attribute__((visibility("default"))) int name(int, void** data, int* ranks,        \
+  extern "C" __attribute__((visibility("default"))) int name(int count, void** data, int* ranks,        \
                                                              int64_t** shapes, const char** types, \
                                                              void*, void*) {                      \
-    name##_body(mindpeft::Arguments(data, ranks, shapes, types));                                 \
+    name##_body(mindpeft::Arguments(count, data, ranks, shapes, types));                                 \
     return 0;                                                                                     \
   }                                                                                               \
   static void name##_body(const mindpeft::Arguments& arguments)

@@ -55,6 +55,15 @@ struct Problem {
         mask(mask_tensor < 0 ? Mask() : Mask(arguments, mask_tensor)), scale(arguments.at(settings)[0]),
         cap(arguments.at(settings)[1]) {}
 
+  // The same queries on the keys and values that a cache (batch, key heads, keys, size) holds.
+  Problem on(const float* cached_keys, const float* cached_values, int64_t room) const {
+    Problem other = *this;
+    other.k = cached_keys;
+    other.v = cached_values;
+    other.keys = room;
+    return other;
+  }
+
   int64_t group() const { return heads / key_heads; }
   const float* queries(int64_t text, int64_t head, int64_t row) const {
     return q + ((text * heads + head) * length + row) * size;
@@ -176,6 +185,10 @@ void attend_with_one(const Problem& problem, int64_t text, int64_t head, float* 
   const float* values = problem.values_of(text, head, 0);
   const float* mask = problem.mask.data == nullptr ? nullptr : problem.mask.row(text, head, 0, 0);
   for (int64_t j = 0; j < problem.keys; ++j) {
+    if (mask != nullptr && mask[j] < kHidden) {  // most of a cache is empty
+      scores[j] = mask[j];
+      continue;
+    }
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < problem.size; ++i) sum += query[i] * keys[j * problem.size + i];
@@ -188,16 +201,13 @@ void attend_with_one(const Problem& problem, int64_t text, int64_t head, float* 
   std::fill(out, out + problem.value_size, 0.0f);
   for (int64_t j = 0; j < problem.keys; ++j) {
     const float share = scores[j] / sum;
-    if (share == 0.0f) continue;  // most of a cache is empty
+    if (share == 0.0f) continue;
     for (int64_t i = 0; i < problem.value_size; ++i) out[i] += share * values[j * problem.value_size + i];
   }
   *logs = most < kHidden ? -INFINITY : most + std::log(sum);
 }
 
-void forward(const mindpeft::Arguments& arguments, int settings, int mask) {
-  const Problem problem(arguments, settings, mask);
-  const int outputs = std::max(settings, mask) + 1;
-  float *out = arguments.at(outputs), *logs = arguments.at(outputs + 1);
+void attend_all(const Problem& problem, float* out, float* logs) {
   const int64_t blocks = (problem.length + kQueries - 1) / kQueries, row = problem.heads * problem.value_size;
   mindpeft::run_tasks(problem.batch * problem.heads * blocks, [&](int64_t task) {
     const int64_t query = task % blocks * kQueries, head = task / blocks % problem.heads;
@@ -208,6 +218,31 @@ void forward(const mindpeft::Arguments& arguments, int settings, int mask) {
     const Block block{text, head, query, std::min(kQueries, problem.length - query), 0, 0};
     if (attend(problem, block, true, to, row, log)) attend(problem, block, false, to, row, log);
   });
+}
+
+void forward(const mindpeft::Arguments& arguments, int settings, int mask) {
+  const int outputs = std::max(settings, mask) + 1;
+  attend_all(Problem(arguments, settings, mask), arguments.at(outputs), arguments.at(outputs + 1));
+}
+
+// Puts new rows of each head, (batch * heads, count, size), into a cache, (batch * heads, room, size).
+void put(const float* fresh, int64_t heads, int64_t count, int64_t size, float* cache, int64_t room, int64_t place) {
+  const int64_t fitting = std::clamp<int64_t>(room - place, 0, count);
+  for (int64_t head = 0; head < heads; ++head) {
+    std::copy_n(fresh + head * count * size, fitting * size, cache + (head * room + place) * size);
+  }
+}
+
+// q, k, v, mask, settings, key cache, value cache, and place or none: the caches hold (batch * key heads
+// * room, size). What is written to them MindSpore does not know of; nobody else may, in the same graph.
+void forward_with_cache(const mindpeft::Arguments& arguments, bool first, int out) {
+  const Problem problem(arguments, 4, 3);
+  const int64_t heads = problem.batch * problem.key_heads, room = arguments.rows(5) / std::max<int64_t>(heads, 1);
+  const int64_t place = first ? 0 : *arguments.at<int32_t>(7);
+  put(problem.k, heads, problem.keys, problem.size, arguments.at(5), room, place);
+  put(problem.v, heads, problem.keys, problem.value_size, arguments.at(6), room, place);
+  const mindpeft::Shared logs(problem.batch * problem.heads * problem.length);
+  attend_all(first ? problem : problem.on(arguments.at(5), arguments.at(6), room), arguments.at(out), logs.data());
 }
 
 // Backward for one head of keys and some of its keys. dq is added to.
@@ -329,3 +364,8 @@ MINDPEFT_KERNEL(masked_attention) { forward(arguments, 4, 3); }
 MINDPEFT_KERNEL(attention_grad) { backward(arguments, 3, -1); }
 // q, k, v, mask, settings, out, logs, dout -> dq, dk, dv
 MINDPEFT_KERNEL(masked_attention_grad) { backward(arguments, 4, 3); }
+
+// The first tokens of a text, which see each other -> out
+MINDPEFT_KERNEL(attention_beginning_cache) { forward_with_cache(arguments, true, 7); }
+// Later ones, which see all that is in the cache, where they stand from `place` on -> out
+MINDPEFT_KERNEL(attention_with_cache) { forward_with_cache(arguments, false, 8); }
