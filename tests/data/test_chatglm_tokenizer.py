@@ -126,6 +126,15 @@ def test_conversations(ours, sp):
     assert ours.decode(ids[:-1]) == text
 
 
+def test_the_published_numbers(ours, sp):
+    """Those that issues and ports of ChatGLM3 quote for its shortest conversation."""
+    if sp.vocab_size() != 64789:
+        pytest.skip("this is not the published model")
+    hello = [{"role": "user", "content": "你好"}]
+    ids = ours.apply_chat_template(hello, chat_template="chatglm3", add_generation_prompt=True)
+    assert ids == [64790, 64792, 64795, 30910, 13, 36474, 54591, 64796]
+
+
 def test_what_is_learnt(ours, sp):
     (row,) = encode_conversations([Conversation(TALK)], ours, InstructionFormat(TEMPLATES["chatglm3"]))
     assert learnt(ours, row) == ["\n 1, of course.", "\n 二 😀</s>"]
