@@ -37,8 +37,9 @@ def backend_from_chatglm(path: Path) -> tuple[Tokenizer, dict[str, str]]:
         raise InputError(f"{path} is a SentencePiece model of unigrams; ChatGLM's are of byte pairs")
     backend = Tokenizer(pairs_of_bytes(model))
     # Unlike Metaspace this puts a space in front of what begins with one, as SentencePiece itself does.
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
-    backend.decoder = _decoder()
+    first = [normalizers.Prepend(SPACE)] if model.dummy_prefix else []
+    backend.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", SPACE)])
+    backend.decoder = _decoder(model.dummy_prefix)
     add_controls(backend, model)
     _add_commands(backend, path)
     _begin_with_prefix(backend)
@@ -71,11 +72,13 @@ def _begin_with_prefix(backend: Tokenizer) -> None:
     )
 
 
-def _decoder() -> decoders.Decoder:
-    """Every stretch of text behind a command begins with a space that is not the text's."""
+def _decoder(dummy_prefix: bool) -> decoders.Decoder:
+    """With the prefix every stretch of text behind a command begins with a space that is not the text's."""
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if not dummy_prefix:
+        return decoders.Sequence(steps)
     ends = [r"\[MASK\]", r"\[gMASK\]sop", r"\[sMASK\]", *(rf"<\|{name[2:-2]}\|>" for name in SPEAKERS)]
     behind = Regex("(?<=" + "|".join(ends) + ") ")
-    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     return decoders.Sequence([*steps, decoders.Replace(behind, ""), decoders.Strip(content=" ", left=1)])
 
 

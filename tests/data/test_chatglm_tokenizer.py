@@ -102,6 +102,16 @@ def test_tokens_and_text_are_sentencepiece_s(ours, sp, texts):
     assert ours("one", "two")["input_ids"] == [*prefix, *sp.encode("one"), *sp.encode("two"), sp.eos_id()]
 
 
+def test_a_model_without_a_space_before_texts(texts, tmp_path):
+    """CodeGeeX2's, under the same name."""
+    model = trained(add_dummy_prefix=False)
+    sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+    ours = AutoTokenizer.from_pretrained(write_folder(tmp_path, model))
+    expected = [sp.encode(text) for text in texts]
+    assert ours(texts, truncation=False, add_special_tokens=False)["input_ids"] == expected
+    assert [ours.decode(ids) for ids in expected] == [sp.decode(ids) for ids in expected]
+
+
 def test_the_tokens_behind_the_pieces(ours, sp):
     assert ours.convert_tokens_to_ids(BEHIND) == [sp.vocab_size() + i for i in range(len(BEHIND))]
     assert len(ours) == sp.vocab_size() + len(BEHIND)
