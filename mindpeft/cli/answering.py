@@ -14,7 +14,7 @@ from mindpeft.data.instructions import choose_template
 from mindpeft.data.tokenization import Tokenizer
 from mindpeft.generate import generate
 from mindpeft.generate.stopping import cut
-from mindpeft.generate.turns import end_of_turns
+from mindpeft.generate.turns import end_of_turns, lead_of_turns
 from mindpeft.recipe_sections import DataSection, GenerationSection
 from mindpeft.train.callbacks import TrainerCallback
 from mindpeft.train.text_metrics import TEXT_METRICS
@@ -63,7 +63,8 @@ class Answering:
             texts = generate(model, filled, **settings).asnumpy()[: len(some)]
             longest = max(map(len, filled))
             written += [self.tokenizer.decode(row[longest:], skip_special_tokens=True) for row in texts]
-        return [cut(text, settings.get("stop_strings") or ()) for text in written]
+        lead = lead_of_turns(self.tokenizer, self.template)
+        return [cut(text, settings.get("stop_strings") or ()).removeprefix(lead) for text in written]
 
     def measure(self, model: nn.Cell) -> tuple[dict[str, float], list[dict[str, str]]]:
         """(metrics, all questions with what was wanted and what was written)."""

@@ -85,13 +85,11 @@ class Talk:
         """Say something and print the answer as it comes."""
         from contextlib import nullcontext
 
-        from mindpeft.generate import TextStreamer
-
         self.messages.append({"role": "user", "content": words})
         model = self.speaker.run.model
         with model.disable_adapter() if self.disabled else nullcontext():
             tokens = self.speaker.tokens(self.messages)
-            (text,) = self.speaker.write([tokens], streamer=TextStreamer(self.speaker.tokenizer))
+            (text,) = self.speaker.write([tokens], streamer=self.speaker.streamer())
         print()
         self.messages.append({"role": "assistant", "content": text})
 

@@ -52,7 +52,6 @@ def generate(
         raise InputError("nothing to answer: give prompts, --file FILE, or lines on standard input")
     from mindpeft.cli.speaking import open_speaker
     from mindpeft.device import setup_device
-    from mindpeft.generate import TextStreamer
 
     asked = prompts or _lines(file)
     setup_device(device, seed=seed or 0)
@@ -76,7 +75,7 @@ def generate(
     before = [{"role": "system", "content": system}] if system else []
     tokens = [speaker.tokens([*before, {"role": "user", "content": prompt}]) for prompt in asked]
     if len(asked) == 1 and num_beams in (None, 1) and not stop:
-        speaker.write(tokens, streamer=TextStreamer(speaker.tokenizer))
+        speaker.write(tokens, streamer=speaker.streamer())
         sys.stdout.write("\n")
         return
     for start in range(0, len(asked), batch_size):

@@ -13,7 +13,8 @@ from mindpeft.data.named_templates import TEMPLATES
 from mindpeft.data.tokenization import Tokenizer
 from mindpeft.errors import InputError, did_you_mean
 from mindpeft.generate.stopping import cut
-from mindpeft.generate.turns import end_of_turns
+from mindpeft.generate.streaming import TextStreamer
+from mindpeft.generate.turns import end_of_turns, lead_of_turns
 from mindpeft.peft_model import PeftModel
 
 Conversation = list[dict[str, str]]
@@ -28,12 +29,14 @@ class Speaker:
         tokenizer: its tokenizer.
         template: the name or the Jinja text that prompts are written with; None for prompts as they are.
         settings: arguments of ``generate``.
+        lead: what the template has before the answer's words.
     """
 
     run: Run
     tokenizer: Tokenizer
     template: str | None
     settings: dict[str, Any]
+    lead: str = ""
 
     def tokens(self, conversation: Conversation) -> list[int]:
         """What the model reads before it answers."""
@@ -44,6 +47,10 @@ class Speaker:
             conversation, chat_template=self.template, add_generation_prompt=True
         )
 
+    def streamer(self) -> TextStreamer:
+        """Prints the words as they come."""
+        return TextStreamer(self.tokenizer, lead=self.lead)
+
     def write(self, prompts: Sequence[list[int]], **more: Any) -> list[str]:
         """The texts behind prompts."""
         written = self.run.model.generate(
@@ -51,7 +58,8 @@ class Speaker:
         ).asnumpy()
         longest = max(map(len, prompts))
         texts = [self.tokenizer.decode(row[longest:], skip_special_tokens=True) for row in written]
-        return [cut(text, self.settings.get("stop_strings") or ()) for text in texts]
+        stops = self.settings.get("stop_strings") or ()
+        return [cut(text, stops).removeprefix(self.lead) for text in texts]
 
 
 def open_speaker(
@@ -92,11 +100,13 @@ def open_speaker(
     if given.keys() & {"temperature", "top_k", "top_p", "min_p"}:
         given["do_sample"] = True
     chosen = _template_of(run, tokenizer, template, raw)
+    lead = ""
     if chosen is not None:
-        ends = end_of_turns(run.model, tokenizer, TEMPLATES.get(chosen, chosen))
+        text = TEMPLATES.get(chosen, chosen)
+        lead, ends = lead_of_turns(tokenizer, text), end_of_turns(run.model, tokenizer, text)
         given["stop_strings"] = [*given.get("stop_strings", []), *ends.pop("stop_strings", [])] or None
         given |= ends
-    return Speaker(run, tokenizer, chosen, given)
+    return Speaker(run, tokenizer, chosen, given, lead)
 
 
 def _template_of(run: Run, tokenizer: Tokenizer, name: str | None, raw: bool) -> str | None:

@@ -123,16 +123,39 @@ def render_with_spans(
     return whole, spans
 
 
-def closing(template: str, **variables: Any) -> str:
-    """What a template writes behind the assistant's words, without white space around it.
+def opening(template: str, **variables: Any) -> str:
+    """What a template writes before the assistant's words, behind what introduces them.
 
     Raises:
         InputError: the template refuses a question with its answer.
     """
-    words = "answer"
-    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": words}]
-    text, spans = render_with_spans(template, messages, **variables)
-    return text[slice(*spans[-1])].partition(words)[2].strip()
+    return _around_answer(template, variables)[0]
+
+
+def closing(template: str, **variables: Any) -> str:
+    """What a template writes behind the assistant's words, without white space around it.
+
+    Where that is nothing, a turn ends as the user's next begins.
+
+    Raises:
+        InputError: the template refuses a question with its answer.
+    """
+    return _around_answer(template, variables)[1] or _between_turns(template, variables)
+
+
+_TURN = ({"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"})
+
+
+def _around_answer(template: str, variables: dict[str, Any]) -> tuple[str, str]:
+    text, spans = render_with_spans(template, _TURN, **variables)
+    before, _, behind = text[slice(*spans[-1])].partition("answer")
+    return before, behind.strip()
+
+
+def _between_turns(template: str, variables: dict[str, Any]) -> str:
+    through = render(template, _TURN, **variables)
+    more = render(template, [*_TURN, _TURN[0]], **variables)
+    return more[len(through) :].partition("question")[0].strip() if more.startswith(through) else ""
 
 
 def _common(first: str, second: str) -> int:

@@ -71,6 +71,15 @@ TEMPLATES: dict[str, str] = {
         "{%- endfor -%}"
         "{%- if add_generation_prompt -%}{{ '<|assistant|>\\n' }}{%- endif -%}"
     ),
+    # Behind the last tag the model may name a tool before its answer begins on a new line
+    "chatglm3": (
+        "[gMASK]sop"
+        "{%- for message in messages -%}"
+        "{%- set role = 'observation' if message.role == 'tool' else message.role -%}"
+        "{{ '<|' + role + '|>\\n ' + message.content }}"
+        "{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
+    ),
     "zephyr": (
         "{%- for message in messages -%}"
         "{{ '<|' + message.role + '|>\\n' + message.content + eos_token + '\\n' }}"

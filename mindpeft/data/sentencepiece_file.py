@@ -127,25 +127,34 @@ def backend_from_sentencepiece(path: Path, config: dict[str, Any]) -> tuple[Toke
         The tokenizer, and its special tokens by role where the configuration names none.
     """
     model = read_sentencepiece(path)
-    return (_like_llama if model.kind == _BPE else _like_t5)(model, config)
+    return (_like_llama if is_bpe(model) else _like_t5)(model, config)
+
+
+def is_bpe(model: SentencePieceModel) -> bool:
+    """Whether texts are put together by byte pair encoding; else by the likeliest unigrams."""
+    return model.kind == _BPE
+
+
+def pairs_of_bytes(model: SentencePieceModel) -> BPE:
+    """The pieces as byte pair encoding of the `tokenizers` library."""
+    vocabulary = {text: number for number, (text, _, _) in enumerate(model.pieces)}
+    unknown = model.pieces[model.unknown][0]
+    return BPE(
+        vocabulary, merges_of(vocabulary), unk_token=unknown, fuse_unk=True, byte_fallback=model.byte_fallback
+    )
 
 
 def _like_llama(model: SentencePieceModel, config: dict[str, Any]) -> tuple[Tokenizer, dict[str, str]]:
-    vocabulary = {text: number for number, (text, _, _) in enumerate(model.pieces)}
-    unknown = model.pieces[model.unknown][0]
-    bpe = BPE(
-        vocabulary, merges_of(vocabulary), unk_token=unknown, fuse_unk=True, byte_fallback=model.byte_fallback
-    )
-    backend = Tokenizer(bpe)
+    backend = Tokenizer(pairs_of_bytes(model))
     prefix = config.get("add_prefix_space")
     prefix = model.dummy_prefix if prefix is None else prefix
     scheme = ("always" if config.get("legacy") else "first") if prefix else "never"
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme=scheme, split=False)
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence(steps + [decoders.Strip(content=" ", left=1)] * bool(prefix))
-    _add_controls(backend, model)
-    tokens = {"unk": unknown, "bos": "<s>", "eos": "</s>"}
-    return backend, {role: token for role, token in tokens.items() if token in vocabulary}
+    add_controls(backend, model)
+    tokens = {"unk": model.pieces[model.unknown][0], "bos": "<s>", "eos": "</s>"}
+    return backend, {role: token for role, token in tokens.items() if backend.token_to_id(token) is not None}
 
 
 def _like_t5(model: SentencePieceModel, config: dict[str, Any]) -> tuple[Tokenizer, dict[str, str]]:
@@ -156,7 +165,7 @@ def _like_t5(model: SentencePieceModel, config: dict[str, Any]) -> tuple[Tokeniz
     marks = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always", split=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), marks])
     backend.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme="always", split=True)
-    _add_controls(backend, model)
+    add_controls(backend, model)
     extra = config.get("extra_ids", _EXTRA_IDS)
     names = [f"<extra_id_{number}>" for number in reversed(range(extra))]
     backend.add_special_tokens([AddedToken(name, normalized=False) for name in names])
@@ -164,7 +173,8 @@ def _like_t5(model: SentencePieceModel, config: dict[str, Any]) -> tuple[Tokeniz
     return backend, {role: token for role, token in tokens.items() if backend.token_to_id(token) is not None}
 
 
-def _add_controls(backend: Tokenizer, model: SentencePieceModel) -> None:
+def add_controls(backend: Tokenizer, model: SentencePieceModel) -> None:
+    """Let the pieces that stand for themselves be found in texts as they are written."""
     for text, _, kind in model.pieces:
         if kind == _CONTROL:
             backend.add_special_tokens([AddedToken(text, normalized=False, special=True)])

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE, WordPiece
 
+from mindpeft.data.chatglm_tokenizer import COMMANDS, as_general, backend_from_chatglm, is_chatglm
 from mindpeft.data.sentencepiece_file import add_bos_and_eos, backend_from_sentencepiece
 from mindpeft.errors import InputError
 from mindpeft.files import atomic_write, read_json, write_json
@@ -72,6 +74,7 @@ def read_tokenizer_folder(folder: Path) -> TokenizerFiles:
     backend.no_padding()
     known = {role: token for role, token in tokens.items() if backend.token_to_id(token) is not None}
     backend.add_special_tokens(list(known.values()))
+    config = as_general(config) if is_chatglm(config) else config
     return TokenizerFiles(backend, config, known, _chat_template(folder, config))
 
 
@@ -188,6 +191,10 @@ def _backend_from_pieces(
     path: Path, config: dict[str, Any], tokens: dict[str, str]
 ) -> tuple[Tokenizer, dict[str, str]]:
     """A SentencePiece model; a text of byte pairs begins with ``bos``, one of unigrams ends in ``eos``."""
+    if is_chatglm(config):
+        backend, defaults = backend_from_chatglm(path)
+        _add_tokens(backend, config, path.parent, known=COMMANDS)
+        return backend, {**defaults, **tokens}
     backend, defaults = backend_from_sentencepiece(path, config)
     tokens = {**defaults, **tokens}
     _add_tokens(backend, config, path.parent)
@@ -223,7 +230,9 @@ def _backend_from_merges(
     return backend, tokens
 
 
-def _add_tokens(backend: Tokenizer, config: dict[str, Any], folder: Path) -> None:
+def _add_tokens(
+    backend: Tokenizer, config: dict[str, Any], folder: Path, known: Collection[str] = ()
+) -> None:
     """Add what the configuration, or ``added_tokens.json``, has beside the vocabulary, in order of number."""
     listed = config.get("added_tokens_decoder") or {}
     flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
@@ -241,6 +250,7 @@ def _add_tokens(backend: Tokenizer, config: dict[str, Any], folder: Path) -> Non
         ]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{folder}: the added tokens are malformed: {error!r}") from error
+    entries = [entry for entry in entries if entry[1].content not in known]
     for number, token in sorted(entries, key=lambda entry: entry[0]):
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
         if backend.token_to_id(token.content) != number:

@@ -14,11 +14,13 @@ class TextStreamer:
     Args:
         tokenizer: turns tokens to text.
         stream: where to; the terminal's output by default.
+        lead: not shown where the text begins with it.
     """
 
-    def __init__(self, tokenizer: Any, stream: TextIO | None = None) -> None:
+    def __init__(self, tokenizer: Any, stream: TextIO | None = None, lead: str = "") -> None:
         self.tokenizer = tokenizer
         self.stream = stream or sys.stdout
+        self.lead = lead
         self.tokens: list[int] = []
         self.shown = 0  # characters
 
@@ -26,7 +28,7 @@ class TextStreamer:
         """Take the next token."""
         self.tokens.append(token)
         text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
-        if not text.endswith(_UNFINISHED):
+        if not text.endswith(_UNFINISHED) and not self.lead.startswith(text):
             self.show(text)
 
     def end(self) -> None:
@@ -36,5 +38,6 @@ class TextStreamer:
 
     def show(self, text: str) -> None:
         """Print what is new."""
+        text = text.removeprefix(self.lead)
         print(text[self.shown :], end="", file=self.stream, flush=True)
         self.shown = len(text)

@@ -1,4 +1,4 @@
-"""Where an answer ends: with what the chat template writes behind the assistant's words."""
+"""Where an answer begins and ends: at what the chat template writes around the assistant's words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from mindspore import nn
 
-from mindpeft.data.chat_template import closing
+from mindpeft.data.chat_template import closing, opening
 from mindpeft.data.tokenization import Tokenizer
 from mindpeft.generate.text import default_config
 
@@ -30,3 +30,13 @@ def end_of_turns(model: nn.Cell, tokenizer: Tokenizer, template: str) -> dict[st
     if first is not None:
         return {"eos_token_id": list(dict.fromkeys([*ends, tokenizer.convert_tokens_to_ids(first)]))}
     return {"stop_strings": [text]} if text else {}
+
+
+def lead_of_turns(tokenizer: Tokenizer, template: str) -> str:
+    """What a model writes before its words because the template has it there, such as a line's end.
+
+    Args:
+        tokenizer: the model's.
+        template: Jinja text.
+    """
+    return opening(template, **tokenizer.template_variables)

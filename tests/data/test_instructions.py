@@ -137,6 +137,7 @@ LEARNT = {
     "mistral": [" 1, of course.</s>", " 二 😀</s>"],
     "gemma": ["1, of course.<end_of_turn>", "二 😀<end_of_turn></s>"],
     "phi3": ["1, of course.<|end|>", "二 😀<|end|></s>"],
+    "chatglm3": ["\n 1, of course.", "\n 二 😀</s>"],
     "zephyr": ["1, of course.</s>", "二 😀</s>"],
     "vicuna": [" 1, of course.</s>", " 二 😀</s>"],
     "alpaca": ["1, of course.</s>", "二 😀</s>"],
@@ -197,8 +198,8 @@ def test_a_template_that_rewrites_what_was_said(letters):
 def test_templates_of_checkpoints(tmp_path, letters):
     with pytest.raises(InputError, match=r"no chat template: choose one with data\.template"):
         choose_template(letters, None)
-    with pytest.raises(InputError, match=r"unknown template 'chatlm'.*did you mean 'chatml'"):
-        choose_template(letters, "chatlm")
+    with pytest.raises(InputError, match=r"unknown template 'chatm'.*did you mean 'chatml'"):
+        choose_template(letters, "chatm")
     letters.save_pretrained(tmp_path / "other")
     (tmp_path / "other" / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
     with_one = AutoTokenizer.from_pretrained(tmp_path / "other")

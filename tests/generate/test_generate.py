@@ -282,7 +282,7 @@ def test_an_answer_ends_with_its_turn(llama, tmp_path):
     from mindpeft.data.named_templates import TEMPLATES
     from mindpeft.data.new_tokenizer import learn_tokenizer
     from mindpeft.data.tokenization import AutoTokenizer
-    from mindpeft.generate.turns import end_of_turns
+    from mindpeft.generate.turns import end_of_turns, lead_of_turns
 
     learn_tokenizer(["some words to learn"] * 9, 300, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
@@ -291,3 +291,6 @@ def test_an_answer_ends_with_its_turn(llama, tmp_path):
     assert end_of_turns(llama[1], tokenizer, TEMPLATES["vicuna"]) == {"eos_token_id": [2]}
     assert end_of_turns(llama[1], tokenizer, TEMPLATES["gemma"]) == {"stop_strings": ["<end_of_turn>"]}
     assert end_of_turns(llama[1], tokenizer, "{{ messages[-1].content }}") == {}
+    assert end_of_turns(llama[1], tokenizer, TEMPLATES["chatglm3"]) == {"stop_strings": ["<|user|>"]}
+    leads = {name: lead_of_turns(tokenizer, TEMPLATES[name]) for name in ("chatml", "llama2", "chatglm3")}
+    assert leads == {"chatml": "", "llama2": " ", "chatglm3": "\n "}

@@ -35,6 +35,16 @@ def test_characters_come_whole():
     assert shown.getvalue() == f"{text}A"
 
 
+def test_what_leads_to_the_words_is_not_shown():
+    for text, expected in {"\n word": "word", "word": "word", "\n": "\n", "\nword": "\nword"}.items():
+        shown = io.StringIO()
+        streamer = TextStreamer(Bytes(), shown, lead="\n ")
+        for byte in text.encode():
+            streamer.put(byte)
+        streamer.end()
+        assert shown.getvalue() == expected
+
+
 def test_what_can_not_become_a_character_comes_at_the_end():
     shown = io.StringIO()
     streamer = TextStreamer(Bytes(), shown)

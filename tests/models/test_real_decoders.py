@@ -79,22 +79,25 @@ def _layer(name: str) -> int:
 
 
 def test_stories260k(shared_dir, mode):
+    """Logits go up to 22, so that float32 itself is wrong by 2e-5 at times: the truth is a run in float64."""
     folder = shared_dir / "checkpoints" / "stories260K"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-    ours = AutoModelForCausalLM.from_pretrained(folder)
     story = theirs.generate(torch.tensor([[1]]), max_new_tokens=199, do_sample=False).numpy().astype(np.int32)
-    random = np.random.default_rng(0).integers(3, 512, (2, 100)).astype(np.int32)
-    texts = {"story": story, "random": random}
-    expected = {name: run_theirs(theirs, input_ids=ids).logits for name, ids in texts.items()}
-    theirs.double()
-    theirs.double()
-    for name, ids in texts.items():
-        logits, torchs = to_numpy(run_ours(ours, input_ids=ids)), to_numpy(expected[name])
-        # Logits go up to 22, and torch itself is up to 2.1e-5 off its own run in float64.
-        exact = run_theirs(theirs, input_ids=ids).logits.detach().numpy()
-        bound = 2e-5 if name == "story" else max(2e-5, 1.5 * np.abs(torchs - exact).max())
-        assert absolute_error(logits, torchs) <= bound
-        assert np.square(logits - exact).mean() <= 1.3 * np.square(torchs - exact).mean()
+    draws = np.random.default_rng(0).integers(3, 512, (2, 100)).astype(np.int32)
+    texts = (story, draws)
+    rounded = [run_theirs(theirs, input_ids=text).logits for text in texts]
+    theirs = theirs.double()
+    exact = [run_theirs(theirs, input_ids=text).logits.detach().numpy() for text in texts]
+    ours = AutoModelForCausalLM.from_pretrained(folder)
+    found = [run_ours(ours, input_ids=text) for text in texts]
+    assert absolute_error(found[0], exact[0]) <= 2e-5
+    for ours_logits, theirs_logits, truth in zip(found, rounded, exact, strict=True):
+        assert mean_error(ours_logits, truth) <= 1.2 * mean_error(theirs_logits, truth)
+
+
+def mean_error(found, expected: np.ndarray) -> float:
+    """The root of the mean square."""
+    return float(np.sqrt(np.mean((to_numpy(found) - expected) ** 2)))
 
 
 def test_someone_elses_adapter_of_gpt2(shared_dir, tmp_path):
