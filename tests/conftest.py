@@ -56,6 +56,14 @@ def mode(request) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture
+def plain_operators(monkeypatch) -> None:
+    """Models that the test makes compute by MindSpore's own operators, as where no kernels were built."""
+    from mindpeft.ops.cpu import library
+
+    monkeypatch.setattr(library, "library", lambda: library.Library(None, reason="a test"))
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The folder of real data and checkpoints beside the project (``MINDPEFT_SHARED``); skips when absent."""

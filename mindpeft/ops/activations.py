@@ -125,7 +125,9 @@ class FastActivation(nn.Cell):
         self.kernel, self.plain = ActivationKernel(name), plain
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.kernel(x) if x.dtype == ms.float32 else self.plain(x)
+        if self.kernel is None or x.dtype != ms.float32:
+            return self.plain(x)
+        return self.kernel(x)
 
 
 class Gate(nn.Cell):

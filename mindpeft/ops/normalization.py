@@ -139,6 +139,6 @@ class FastNorm(nn.Cell):
         self.kernel, self.plain = kernel, plain
 
     def construct(self, x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
-        if x.dtype != ms.float32 or weight.dtype != ms.float32:
+        if self.kernel is None or x.dtype != ms.float32 or weight.dtype != ms.float32:
             return self.plain(x, weight, *bias)
         return self.kernel(x, weight, *bias)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 import mindspore as ms
 import numpy as np
@@ -11,6 +12,7 @@ import transformers
 from mindspore.nn import cell as cell_module
 
 from mindpeft import LoraConfig, PeftModel, get_peft_model
+from mindpeft.ops.cpu import kernels_on
 from mindpeft.train.optim import AdamW
 from mindpeft.train.runner import StepRunner
 from tests.models import reference
@@ -84,10 +86,23 @@ def test_an_adapter_alone_and_in_a_wider_slot_give_the_same(tiny):
 
 
 @pytest.fixture
-def count_products(tmp_path):
+def count_products(training_graph):
     """A function that trains one step and counts the matrix products in the graph compiled for it."""
 
     def count(model) -> tuple[int, int]:
+        text = training_graph(model)
+        return tuple(
+            len(re.findall(rf"= (?:PrimFunc_)?{name}\(", text)) for name in ("MatMul", "BatchMatMul")
+        )
+
+    return count
+
+
+@pytest.fixture
+def training_graph(tmp_path):
+    """A function that trains one step and returns the text of the graph compiled for it."""
+
+    def train(model) -> str:
         folder = tmp_path / str(id(model))
         ms.set_context(save_graphs=1, save_graphs_path=str(folder))
         try:
@@ -96,12 +111,9 @@ def count_products(tmp_path):
         finally:
             ms.set_context(save_graphs=0)
         (path,) = folder.rglob("*_validate_*.ir")
-        text = path.read_text()
-        return tuple(
-            len(re.findall(rf"= (?:PrimFunc_)?{name}\(", text)) for name in ("MatMul", "BatchMatMul")
-        )
+        return path.read_text()
 
-    return count
+    return train
 
 
 def products_of_query_value_lora(layers: int) -> tuple[int, int]:
@@ -122,6 +134,7 @@ def products_of_query_value_lora(layers: int) -> tuple[int, int]:
     return forward + backward, layers * 2 + layers * 4 - 1
 
 
+@pytest.mark.usefixtures("plain_operators")
 @pytest.mark.parametrize("layers", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_no_gradient_of_a_frozen_weight(tmp_path, count_products, layers):
     make_reference("sequence", tmp_path, num_labels=4, num_hidden_layers=layers)
@@ -130,6 +143,7 @@ def test_no_gradient_of_a_frozen_weight(tmp_path, count_products, layers):
     assert count_products(model) == products_of_query_value_lora(layers)
 
 
+@pytest.mark.usefixtures("plain_operators")
 def test_each_thawed_weight_adds_its_product(tmp_path, count_products):
     """The counter sees gradients of weights: training one more matrix adds exactly one product."""
     make_reference("sequence", tmp_path, num_labels=4, num_hidden_layers=1)
@@ -140,3 +154,21 @@ def test_each_thawed_weight_adds_its_product(tmp_path, count_products):
         parameter.requires_grad |= name.endswith(thawed)
     products, batched = products_of_query_value_lora(1)
     assert count_products(model) == (products + 4, batched)  # two cells are called output.dense
+
+
+@pytest.mark.skipif(not kernels_on(), reason="no kernels were built here")
+def test_kernels_compute_no_gradient_of_a_frozen_weight(tmp_path, training_graph):
+    """Of two layers: LoRA on query and value, a trained classifier, all else frozen."""
+    make_reference("sequence", tmp_path, num_labels=4, num_hidden_layers=2)
+    config = LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
+    text = training_graph(get_peft_model(open_ours("sequence", tmp_path), config))
+    found = Counter(re.findall(r'func_name: "[^"]*:(\w+)"', text))
+    wanted = {
+        "lora_linear_bias": 4,
+        "lora_linear_grad": 4,
+        "linear_bias": 2 * 4 + 2,  # key, two outputs, intermediate; pooler and classifier
+        "linear_grad": 4 + 3 + 2,  # nothing is trained before the first layer's key
+        "linear_grad_weight": 1,  # the classifier's
+        "sum_rows": 1,
+    }
+    assert {name: found[name] for name in wanted} == wanted
