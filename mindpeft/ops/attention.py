@@ -11,6 +11,7 @@ from mindspore import Tensor, ops
 from mindpeft.ops.activations import tanh
 from mindpeft.ops.cpu import kernels_on
 from mindpeft.ops.cpu.attention import AttentionKernel, CachedAttentionKernel, MaskedAttentionKernel
+from mindpeft.ops.cpu.dropout import Noise
 from mindpeft.ops.cpu.heads import MergeHeadsKernel, SplitHeadsKernel
 from mindpeft.ops.device import on_cpu
 from mindpeft.ops.dropout import dropout as dropout_cell
@@ -115,6 +116,7 @@ class Attention(nn.Cell):
             self.kernel = AttentionKernel(self.scale, softcap or 0.0)
             self.masked_kernel = MaskedAttentionKernel(self.scale, softcap or 0.0)
             self.cached_kernel = CachedAttentionKernel(self.scale, softcap or 0.0)
+            self.noise = Noise(dropout)
 
     def construct(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """Mix the values.
@@ -127,11 +129,11 @@ class Attention(nn.Cell):
         Returns:
             Tensor of shape (batch, length, heads * size).
         """
-        if self.kernel is None or query.dtype != ms.float32 or (self.training and self.dropout.p > 0):
+        if self.kernel is None or query.dtype != ms.float32:
             return self.merge_heads(self.composed(query, key, value, mask))
         if mask is None:
-            return self.kernel(query, key, value)[0]
-        return self.masked_kernel(query, key, value, mask)[0]
+            return self.kernel(query, key, value, self.noise())[0]
+        return self.masked_kernel(query, key, value, mask, self.noise())[0]
 
     def composed(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """The same of MindSpore's operators, (batch, heads, length, size); runs inside a graph."""

@@ -9,6 +9,8 @@ import mindspore.nn as nn
 import numpy as np
 from mindspore import Tensor, ops
 
+from mindpeft.ops.cpu import kernels_on
+from mindpeft.ops.cpu.dropout import FastDropout
 from mindpeft.ops.device import on_cpu
 
 _SEED_ATTRIBUTES = (("Seed0", "Seed1"), ("seed", "seed2"))  # of ops.Dropout and of ops.StandardNormal
@@ -43,7 +45,8 @@ class CpuDropout(nn.Cell):
 
 def dropout(p: float) -> nn.Cell:
     """Return the Cell that zeroes elements with probability ``p`` in training, for the current device."""
-    return CpuDropout(p) if on_cpu() and p < 1.0 else nn.Dropout(p=p)
+    plain = CpuDropout(p) if on_cpu() and p < 1.0 else nn.Dropout(p=p)
+    return FastDropout(p, plain) if kernels_on() and p < 1.0 else plain
 
 
 def seed_dropout(model: nn.Cell, seed: int) -> None:

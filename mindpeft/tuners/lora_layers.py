@@ -15,6 +15,7 @@ from mindspore import nn, ops
 from mindpeft.errors import InputError
 from mindpeft.nn.linear import Linear
 from mindpeft.ops.cpu import kernels_on
+from mindpeft.ops.cpu.dropout import Noise
 from mindpeft.ops.cpu.linear import WEIGHT_TYPES, LoraBiasKernel, LoraKernel
 from mindpeft.ops.dropout import dropout
 from mindpeft.ops.linear import linear
@@ -75,6 +76,7 @@ class LoraLinear(LoraLayer):
         self.kernel = None
         if type(self) is LoraLinear and type(base_layer) is Linear and kernels_on():
             self.kernel = LoraKernel() if base_layer.bias is None else LoraBiasKernel()
+            self.noise = Noise(0.0)
 
     @classmethod
     def tensor_shapes(cls, site: Site) -> Shapes:
@@ -137,6 +139,8 @@ class LoraLinear(LoraLayer):
         changed = trainable and self.dropout.p != config.lora_dropout
         if changed:
             self.dropout = dropout(config.lora_dropout).set_train(self.training)
+            if self.kernel is not None:
+                self.noise = Noise(config.lora_dropout).set_train(self.training)
         return changed
 
     def reserve(self, shapes: Shapes) -> bool:
@@ -156,13 +160,12 @@ class LoraLinear(LoraLayer):
         """Both in one kernel; runs inside a graph."""
         base, a, b = self.base_layer, self.lora_A.weight, self.lora_B.weight
         if base.bias is None:
-            return self.kernel(x, base.weight, a, b, self.scaling)[0]
-        return self.kernel(x, base.weight, a, b, self.scaling, base.bias)[0]
+            return self.kernel(x, base.weight, a, b, self.scaling, self.noise())[0]
+        return self.kernel(x, base.weight, a, b, self.scaling, self.noise(), base.bias)[0]
 
     def is_joined(self, x: ms.Tensor) -> bool:
         """Whether one kernel does it all; a constant of the graph."""
-        drops = self.training and self.dropout.p > 0
-        if self.kernel is None or self.biased or drops:
+        if self.kernel is None or self.biased:
             return False
         floats = x.dtype == ms.float32 and self.slot_dtype == ms.float32
         return floats and self.base_layer.weight.dtype in WEIGHT_TYPES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mindspore import ops
 
+from mindpeft.ops.cpu.dropout import NO_NOISE
 from mindpeft.ops.cpu.library import Kernel, kernel, setting
 
 
@@ -21,7 +22,8 @@ def _inputs(q: list[int], k: list[int], v: list[int], *_) -> tuple[list[int], ..
 
 
 class AttentionKernel(Kernel):
-    """``(out, logs)``: q (batch, heads, length, size), k and v (batch, key heads, keys, size).
+    """``(out, logs)``: q (batch, heads, length, size), k and v (batch, key heads, keys, size),
+    noise of `mindpeft.ops.cpu.dropout.Noise`.
 
     out is (batch, length, heads * size); logs (batch, heads, length) is for the backward pass.
 
@@ -36,11 +38,12 @@ class AttentionKernel(Kernel):
         self.forward = kernel("attention", _mixed, 2)
         self.backward = kernel("attention_grad", _inputs, 3)
 
-    def construct(self, q, k, v):
-        return self.forward(q, k, v, self.settings)
+    def construct(self, q, k, v, noise):
+        return self.forward(q, k, v, self.settings, noise)
 
-    def bprop(self, q, k, v, out, dout):
-        return self.backward(q, k, v, self.settings, out[0], out[1], dout[0])
+    def bprop(self, q, k, v, noise, out, dout):
+        dq, dk, dv = self.backward(q, k, v, self.settings, noise, out[0], out[1], dout[0])
+        return dq, dk, dv, ops.zeros_like(noise)
 
 
 class MaskedAttentionKernel(Kernel):
@@ -55,12 +58,12 @@ class MaskedAttentionKernel(Kernel):
         self.forward = kernel("masked_attention", _mixed, 2)
         self.backward = kernel("masked_attention_grad", _inputs, 3)
 
-    def construct(self, q, k, v, mask):
-        return self.forward(q, k, v, mask, self.settings)
+    def construct(self, q, k, v, mask, noise):
+        return self.forward(q, k, v, mask, self.settings, noise)
 
-    def bprop(self, q, k, v, mask, out, dout):
-        dq, dk, dv = self.backward(q, k, v, mask, self.settings, out[0], out[1], dout[0])
-        return dq, dk, dv, ops.zeros_like(mask)
+    def bprop(self, q, k, v, mask, noise, out, dout):
+        dq, dk, dv = self.backward(q, k, v, mask, self.settings, noise, out[0], out[1], dout[0])
+        return dq, dk, dv, ops.zeros_like(mask), ops.zeros_like(noise)
 
 
 class CachedAttentionKernel(Kernel):
@@ -76,6 +79,7 @@ class CachedAttentionKernel(Kernel):
     def __init__(self, scale: float, softcap: float):
         super().__init__()
         self.settings = setting(scale, softcap)
+        self.silence = setting(*NO_NOISE)
         self.first = kernel("attention_beginning_cache", _mixed_only)
         self.later = kernel("attention_with_cache", _mixed_only)
 
@@ -88,5 +92,5 @@ class CachedAttentionKernel(Kernel):
             place: (1,) int32, of the first token; None for the beginning.
         """
         if place is None:
-            return self.first(q, k, v, mask, self.settings, keys, values)
-        return self.later(q, k, v, mask, self.settings, keys, values, place)
+            return self.first(q, k, v, mask, self.settings, self.silence, keys, values)
+        return self.later(q, k, v, mask, self.settings, self.silence, keys, values, place)

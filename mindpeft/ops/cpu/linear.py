@@ -70,7 +70,8 @@ def _lora_gradients() -> ops.Custom:
 class LoraKernel(_Gradients):
     """``(x @ weight.T + hidden @ b.T, hidden)`` with ``hidden = scale * x @ a.T``.
 
-    x (..., in), weight (out, in), a (r, in), b (out, r), scale one number; it gets no gradient.
+    x (..., in), weight (out, in), a (r, in), b (out, r), scale one number; noise of
+    `mindpeft.ops.cpu.dropout.Noise` for a dropout of the x before ``a.T``. Both get no gradient.
     """
 
     def __init__(self):
@@ -78,13 +79,13 @@ class LoraKernel(_Gradients):
         self.forward = kernel("lora_linear", _with_hidden, 2)
         self.backward = _lora_gradients()
 
-    def construct(self, x, weight, a, b, scale):
-        return self.forward(x, weight, a, b, scale)
+    def construct(self, x, weight, a, b, scale, noise):
+        return self.forward(x, weight, a, b, scale, noise)
 
-    def bprop(self, x, weight, a, b, scale, out, dout):
+    def bprop(self, x, weight, a, b, scale, noise, out, dout):
         dy = dout[0]
-        dx, da, db = self.backward(x, weight, a, b, scale, out[1], dy)
-        return dx, self.of_weight(x, weight, dy), da, db, ops.zeros_like(scale)
+        dx, da, db = self.backward(x, weight, a, b, scale, noise, out[1], dy)
+        return dx, self.of_weight(x, weight, dy), da, db, ops.zeros_like(scale), ops.zeros_like(noise)
 
 
 class LoraBiasKernel(_Gradients):
@@ -95,10 +96,11 @@ class LoraBiasKernel(_Gradients):
         self.forward = kernel("lora_linear_bias", _with_hidden, 2)
         self.backward = _lora_gradients()
 
-    def construct(self, x, weight, a, b, scale, bias):
-        return self.forward(x, weight, a, b, scale, bias)
+    def construct(self, x, weight, a, b, scale, noise, bias):
+        return self.forward(x, weight, a, b, scale, noise, bias)
 
-    def bprop(self, x, weight, a, b, scale, bias, out, dout):
+    def bprop(self, x, weight, a, b, scale, noise, bias, out, dout):
         dy = dout[0]
-        dx, da, db = self.backward(x, weight, a, b, scale, out[1], dy)
-        return dx, self.of_weight(x, weight, dy), da, db, ops.zeros_like(scale), self.of_bias(dy)
+        dx, da, db = self.backward(x, weight, a, b, scale, noise, out[1], dy)
+        dweight, dbias = self.of_weight(x, weight, dy), self.of_bias(dy)
+        return dx, dweight, da, db, ops.zeros_like(scale), ops.zeros_like(noise), dbias

@@ -2,8 +2,8 @@
 // (Dao et al., 2022). Several heads of queries may share one of keys and values.
 //
 // q (batch, heads, length, size); k, v (batch, key heads, keys, size or value size); mask (1 or batch, 1 or
-// heads, 1 or length, keys), added to the scores; settings (2): scale, and the scores' bound or 0. What comes
-// out is (batch, length, heads * value size).
+// heads, 1 or length, keys), added to the scores; settings (2): scale, and the scores' bound or 0; noise (4) for
+// dropout of the weights. What comes out is (batch, length, heads * value size).
 //
 // A mask hides a key by a number so low that a score added to it makes no difference. A row all of whose keys
 // are hidden then weighs them alike, as the composition of plain operators does. Where a whole block is hidden
@@ -13,6 +13,7 @@
 
 #include "arguments.h"
 #include "gemm.h"
+#include "noise.h"
 #include "threads.h"
 #include "vector_math.h"
 
@@ -47,13 +48,15 @@ struct Problem {
   const float *q, *k, *v;
   Mask mask;
   float scale, cap;
+  mindpeft::Noise noise;
 
+  // The noise stands behind the settings.
   Problem(const mindpeft::Arguments& arguments, int settings, int mask_tensor)
       : batch(arguments.axis(0, 0)), heads(arguments.axis(0, 1)), key_heads(arguments.axis(1, 1)),
         length(arguments.axis(0, 2)), keys(arguments.axis(1, 2)), size(arguments.axis(0, 3)),
         value_size(arguments.axis(2, 3)), q(arguments.at(0)), k(arguments.at(1)), v(arguments.at(2)),
         mask(mask_tensor < 0 ? Mask() : Mask(arguments, mask_tensor)), scale(arguments.at(settings)[0]),
-        cap(arguments.at(settings)[1]) {}
+        cap(arguments.at(settings)[1]), noise(arguments.at(settings + 1)) {}
 
   // The same queries on the keys and values that a cache (batch, key heads, keys, size) holds.
   Problem on(const float* cached_keys, const float* cached_values, int64_t room) const {
@@ -65,6 +68,10 @@ struct Problem {
   }
 
   int64_t group() const { return heads / key_heads; }
+  // What tells the noise of one query's weights.
+  uint32_t noise_row(int64_t text, int64_t head, int64_t row) const {
+    return noise.row((text * heads + head) * length + row);
+  }
   const float* queries(int64_t text, int64_t head, int64_t row) const {
     return q + ((text * heads + head) * length + row) * size;
   }
@@ -135,6 +142,17 @@ float take_in(float* row, int64_t count, float& most, float& sum) {
   return kept;
 }
 
+// Dropout of a block's weights.
+void drop(const Problem& problem, const Block& block, float* weights) {
+  if (!problem.noise.any()) return;
+  for (int64_t i = 0; i < block.queries; ++i) {
+    const uint32_t mine = problem.noise_row(block.text, block.head, block.query + i);
+    float* row = weights + i * kKeys;
+#pragma omp simd
+    for (int64_t j = 0; j < block.keys; ++j) row[j] *= problem.noise.factor(mine, block.key + j);
+  }
+}
+
 void scale_row(float* row, int64_t count, float factor) {
   for (int64_t i = 0; i < count; ++i) row[i] *= factor;
 }
@@ -162,6 +180,7 @@ bool attend(const Problem& problem, Block block, bool skip, float* out, int64_t 
       const float kept = take_in(scores + i * kKeys, some.keys, most[i], sums[i]);
       if (kept != 1.0f) scale_row(mixed + i * problem.value_size, problem.value_size, kept);
     }
+    drop(problem, some, scores);
     multiply(some.queries, problem.value_size, some.keys, 1.0f, Matrix(scores, kKeys),
              Matrix(problem.values_of(some.text, some.head, some.key), problem.value_size), 1.0f, mixed,
              problem.value_size);
@@ -199,8 +218,9 @@ void attend_with_one(const Problem& problem, int64_t text, int64_t head, float* 
   float most = -INFINITY, sum = 0;
   take_in(scores, problem.keys, most, sum);
   std::fill(out, out + problem.value_size, 0.0f);
+  const uint32_t mine = problem.noise_row(text, head, 0);
   for (int64_t j = 0; j < problem.keys; ++j) {
-    const float share = scores[j] / sum;
+    const float share = scores[j] / sum * (problem.noise.any() ? problem.noise.factor(mine, j) : 1.0f);
     if (share == 0.0f) continue;
     for (int64_t i = 0; i < problem.value_size; ++i) out[i] += share * values[j * problem.value_size + i];
   }
@@ -221,7 +241,7 @@ void attend_all(const Problem& problem, float* out, float* logs) {
 }
 
 void forward(const mindpeft::Arguments& arguments, int settings, int mask) {
-  const int outputs = std::max(settings, mask) + 1;
+  const int outputs = settings + 2;
   attend_all(Problem(arguments, settings, mask), arguments.at(outputs), arguments.at(outputs + 1));
 }
 
@@ -233,16 +253,16 @@ void put(const float* fresh, int64_t heads, int64_t count, int64_t size, float* 
   }
 }
 
-// q, k, v, mask, settings, key cache, value cache, and place or none: the caches hold (batch * key heads
+// q, k, v, mask, settings, noise, key cache, value cache, and place or none: the caches hold (batch * key heads
 // * room, size). What is written to them MindSpore does not know of; nobody else may, in the same graph.
 void forward_with_cache(const mindpeft::Arguments& arguments, bool first, int out) {
   const Problem problem(arguments, 4, 3);
-  const int64_t heads = problem.batch * problem.key_heads, room = arguments.rows(5) / std::max<int64_t>(heads, 1);
-  const int64_t place = first ? 0 : *arguments.at<int32_t>(7);
-  put(problem.k, heads, problem.keys, problem.size, arguments.at(5), room, place);
-  put(problem.v, heads, problem.keys, problem.value_size, arguments.at(6), room, place);
+  const int64_t heads = problem.batch * problem.key_heads, room = arguments.rows(6) / std::max<int64_t>(heads, 1);
+  const int64_t place = first ? 0 : *arguments.at<int32_t>(8);
+  put(problem.k, heads, problem.keys, problem.size, arguments.at(6), room, place);
+  put(problem.v, heads, problem.keys, problem.value_size, arguments.at(7), room, place);
   const mindpeft::Shared logs(problem.batch * problem.heads * problem.length);
-  attend_all(first ? problem : problem.on(arguments.at(5), arguments.at(6), room), arguments.at(out), logs.data());
+  attend_all(first ? problem : problem.on(arguments.at(6), arguments.at(7), room), arguments.at(out), logs.data());
 }
 
 // Backward for one head of keys and some of its keys. dq is added to.
@@ -276,10 +296,18 @@ class Backward {
     const int64_t key_row = (block.text * problem_.key_heads + block.head / problem_.group()) * problem_.keys + block.key;
     const int64_t query_row = (block.text * problem_.heads + block.head) * problem_.length + block.query;
     for (int64_t i = 0; i < block.queries; ++i) to_weights(weights + i * kKeys, block.keys, logs[i]);
-    multiply(block.keys, value_size, block.queries, 1.0f, Matrix(weights, kKeys, true), Matrix(dout, row), 1.0f,
+    const float* mixing = weights;
+    if (problem_.noise.any()) {
+      float* dropped = mindpeft::scratch(5, kQueries * kKeys);
+      std::copy_n(weights, block.queries * kKeys, dropped);
+      drop(problem_, block, dropped);
+      mixing = dropped;
+    }
+    multiply(block.keys, value_size, block.queries, 1.0f, Matrix(mixing, kKeys, true), Matrix(dout, row), 1.0f,
              dv + key_row * value_size, value_size);
     multiply(block.queries, block.keys, value_size, 1.0f, Matrix(dout, row),
              Matrix(problem_.values_of(block.text, block.head, block.key), value_size, true), 0.0f, dscores, kKeys);
+    drop(problem_, block, dscores);
     for (int64_t i = 0; i < block.queries; ++i) {
       float *d = dscores + i * kKeys, *weight = weights + i * kKeys, *slope = slopes + i * kKeys;
       const float shared = shared_[query_row + i];
@@ -326,7 +354,7 @@ void share_of_rows(const Problem& problem, const float* out, const float* dout, 
 
 void backward(const mindpeft::Arguments& arguments, int settings, int mask) {
   const Problem problem(arguments, settings, mask);
-  const int inputs = std::max(settings, mask) + 1;  // of out, logs, dout; then come dq, dk, dv
+  const int inputs = settings + 2;  // of out, logs, dout; then come dq, dk, dv
   const float *out = arguments.at(inputs), *logs = arguments.at(inputs + 1), *dout = arguments.at(inputs + 2);
   float *dq = arguments.at(inputs + 3), *dk = arguments.at(inputs + 4), *dv = arguments.at(inputs + 5);
   const int64_t query_numbers = problem.batch * problem.heads * problem.length * problem.size;
@@ -356,16 +384,16 @@ void backward(const mindpeft::Arguments& arguments, int settings, int mask) {
 
 }  // namespace
 
-// q, k, v, settings -> out, logs (batch, heads, length): of the sums of the scores' exponentials
+// q, k, v, settings, noise -> out, logs (batch, heads, length): of the sums of the scores' exponentials
 MINDPEFT_KERNEL(attention) { forward(arguments, 3, -1); }
-// q, k, v, mask, settings -> out, logs
+// q, k, v, mask, settings, noise -> out, logs
 MINDPEFT_KERNEL(masked_attention) { forward(arguments, 4, 3); }
-// q, k, v, settings, out, logs, dout -> dq, dk, dv
+// q, k, v, settings, noise, out, logs, dout -> dq, dk, dv
 MINDPEFT_KERNEL(attention_grad) { backward(arguments, 3, -1); }
-// q, k, v, mask, settings, out, logs, dout -> dq, dk, dv
+// q, k, v, mask, settings, noise, out, logs, dout -> dq, dk, dv
 MINDPEFT_KERNEL(masked_attention_grad) { backward(arguments, 4, 3); }
 
 // The first tokens of a text, which see each other -> out
-MINDPEFT_KERNEL(attention_beginning_cache) { forward_with_cache(arguments, true, 7); }
+MINDPEFT_KERNEL(attention_beginning_cache) { forward_with_cache(arguments, true, 8); }
 // Later ones, which see all that is in the cache, where they stand from `place` on -> out
-MINDPEFT_KERNEL(attention_with_cache) { forward_with_cache(arguments, false, 8); }
+MINDPEFT_KERNEL(attention_with_cache) { forward_with_cache(arguments, false, 9); }

@@ -1,0 +1,65 @@
+"""Dropout, and the noise that it and other kernels with a dropout of their own are given."""
+
+from __future__ import annotations
+
+import mindspore as ms
+import mindspore.nn as nn
+from mindspore import Tensor, ops
+
+from mindpeft.ops.cpu.library import Kernel, kernel, setting
+
+NO_NOISE = (0.0, 1.0, 0.0, 0.0)
+
+
+class Noise(nn.Cell):
+    """The share to set to zero, what the rest is multiplied by, and two random numbers, others every time.
+
+    One seed gives the same in every run (`mindpeft.ops.dropout.seed_dropout`).
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+        self.share, self.silence = setting(p, 1.0 / (1.0 - p) if p < 1.0 else 0.0), setting(*NO_NOISE)
+        self.normal = ops.StandardNormal()
+        self.concat = ops.Concat(0)
+
+    def construct(self) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return self.silence
+        return self.concat((self.share, self.normal((2,))))
+
+
+class DropoutKernel(Kernel):
+    """``x`` with some numbers set to zero and the others made larger."""
+
+    def __init__(self):
+        super().__init__()
+        self.forward = kernel("dropout", lambda x, _: x)
+
+    def construct(self, x, noise):
+        return self.forward(x, noise)
+
+    def bprop(self, x, noise, out, dout):
+        return self.forward(dout, noise), ops.zeros_like(noise)
+
+
+class FastDropout(nn.Cell):
+    """Dropout by its kernel where the numbers are float32.
+
+    Args:
+        p: the share set to zero in training.
+        plain: the Cell for other numbers.
+    """
+
+    def __init__(self, p: float, plain: nn.Cell):
+        super().__init__()
+        self.p = p
+        self.noise, self.kernel, self.plain = Noise(p), DropoutKernel(), plain
+
+    def construct(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return x
+        if self.kernel is None or x.dtype != ms.float32:
+            return self.plain(x)
+        return self.kernel(x, self.noise())
