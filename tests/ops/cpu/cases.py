@@ -96,7 +96,9 @@ def settings(random: Random, size: int) -> np.ndarray:
 def attention(random: Random) -> Iterator[Case]:
     while True:
         length, keys = random.pick(SIZES), random.pick((*SIZES, 256, 513))
-        inputs = qkv(random, random.pick((0, 1, 2, 3)), random.pick((1, 3)), random.pick((1, 2)), length, keys)
+        inputs = qkv(
+            random, random.pick((0, 1, 2, 3)), random.pick((1, 3)), random.pick((1, 2)), length, keys
+        )
         yield Case("attention", inputs, (settings(random, inputs[0].shape[-1]),))
 
 
@@ -198,24 +200,15 @@ def rotary(name: str) -> Maker:
             batch, heads, length = random.pick((0, 1, 2, 3)), random.pick((1, 3)), random.pick(SIZES)
             size, rest = random.pick((2, 6, 34, 64)), random.pick((0, 1, 5))
             x = random.normal(batch, length, heads * (size + rest))
-            tables = (random.pick((1, batch)), random.pick((1, heads)), length)
-            cos, sin = angles(random, *tables, size, name.endswith("neighbours"))
+            cos, sin = tables(random, random.pick((1, batch)), random.pick((1, heads)), length, size)
             yield Case(name, (x,), (cos, sin, np.array(heads)))
 
     return make
 
 
-def angles(random: Random, batch: int, heads: int, length: int, size: int, neighbours: bool):
-    """Tables as mindpeft.nn.rotary makes them: each pair's first sine is negative, all heads have the same."""
-    turns = random.generator.uniform(-3, 3, (batch, 1, length, size // 2))
-    pairs = [np.stack(pair, -1 if neighbours else -2) for pair in _pairs(turns)]
-    return [
-        np.tile(pair.reshape((batch, 1, length, size)), (1, heads, 1, 1)).astype(np.float32) for pair in pairs
-    ]
-
-
-def _pairs(turns):
-    return (np.cos(turns), np.cos(turns)), (-np.sin(turns), np.sin(turns))
+def tables(random: Random, batch: int, heads: int, length: int, size: int) -> list[np.ndarray]:
+    """Cosines and sines, the same for all heads; a rotation's are related, which a gradient need not know."""
+    return [np.tile(random.normal(batch, 1, length, size), (1, heads, 1, 1)) for _ in range(2)]
 
 
 def loss(bfloat16: bool = False) -> Maker:
@@ -256,6 +249,40 @@ EXACT: dict[str, Maker] = {
     "loss": loss(),
 }
 ALL = {**EXACT, "loss bfloat16": loss(True)}  # its logits' gradients are rounded to bfloat16 on the way
+
+
+def large() -> list[Case]:
+    """One of each way to share the work, large enough for 64 threads."""
+    random = Random(11)
+    x, weight, grid = (
+        random.normal(1300, 67),
+        random.normal(1100, 67),
+        on_bfloat16_grid(random.normal(1100, 67)),
+    )
+    low_rank = random.normal(5, 67), random.normal(1100, 5)
+    wide = random.normal(3000, 257)
+    q, k, v = random.normal(1, 2, 513, 17), random.normal(1, 1, 1500, 17), random.normal(1, 1, 1500, 5)
+    labels = random.generator.integers(-9, 1100, 1300).astype(np.int32)
+    return [
+        Case("linear", (on_bfloat16_grid(x), grid), (), True),
+        Case("linear", (x[:8], weight)),
+        Case("lora_bias", (x, weight, *low_rank, random.normal(1100)), (numbers(0.5),)),
+        Case("gelu_gate", (random.normal(1 << 20), random.normal(1 << 20))),
+        Case("layer_norm", (wide, random.normal(257), random.normal(257)), (numbers(1e-5),)),
+        Case("rms_norm", (wide, random.normal(257)), (numbers(1e-5),)),
+        Case(
+            "masked_attention",
+            (q, k, v),
+            (causal(random, (1, 1, 513, 1500)).astype(np.float32), numbers(0.3, 0)),
+        ),
+        Case("attention", (q[:, :, :1].copy(), k, v), (numbers(0.3, 2),)),
+        Case(
+            "split_and_turn",
+            (random.normal(2, 1500, 198),),
+            (*tables(random, 2, 1, 1500, 64), np.array(3)),
+        ),
+        Case("loss", (x, weight), (labels,)),
+    ]
 
 
 def some(name: str, count: int, seed: int = 0) -> list[Case]:

@@ -121,20 +121,11 @@ def loss(hidden, weight, labels):
     return (total / max(1, counted.sum())).reshape(1)
 
 
+_by_name = (linear, lora, lora_bias, attention, masked_attention, rms_norm, layer_norm, loss, split_heads)
+_by_name = (*_by_name, merge_heads, split_and_turn, split_and_turn_neighbours)
 FAMILIES = {
-    "linear": linear,
+    **{family.__name__: family for family in _by_name},
     "linear_bias": linear,
-    "lora": lora,
-    "lora_bias": lora_bias,
-    "attention": attention,
-    "masked_attention": masked_attention,
-    "rms_norm": rms_norm,
-    "layer_norm": layer_norm,
     **ACTIVATIONS,
     **{f"{name}_gate": gate(function) for name, function in ACTIVATIONS.items()},
-    "split_heads": split_heads,
-    "merge_heads": merge_heads,
-    "split_and_turn": split_and_turn,
-    "split_and_turn_neighbours": split_and_turn_neighbours,
-    "loss": loss,
 }

@@ -1,4 +1,4 @@
-"""The kernels' C functions, called as MindSpore calls them, but by ctypes: no MindSpore, no torch, no graph."""
+"""The kernels' C functions, called as MindSpore calls them, but by ctypes: no MindSpore and no graph."""
 
 from __future__ import annotations
 
@@ -199,20 +199,10 @@ def loss(kernels: Kernels, hidden, weight, labels):
     return [value, *(gradient * cotangent((1,)) for gradient in (dhidden, dweight))]
 
 
+_by_name = (linear, linear_bias, lora, lora_bias, attention, masked_attention, rms_norm, layer_norm, loss)
 FAMILIES = {
-    "linear": linear,
-    "linear_bias": linear_bias,
-    "lora": lora,
-    "lora_bias": lora_bias,
-    "attention": attention,
-    "masked_attention": masked_attention,
-    "rms_norm": rms_norm,
-    "layer_norm": layer_norm,
+    **{family.__name__: family for family in (*_by_name, split_heads, merge_heads)},
     **{name: activation(name) for name in ("gelu", "tanh_gelu", "silu")},
     **{f"{name}_gate": gate(name) for name in ("gelu", "tanh_gelu", "silu")},
-    "split_heads": split_heads,
-    "merge_heads": merge_heads,
-    "split_and_turn": rotary("split_and_turn"),
-    "split_and_turn_neighbours": rotary("split_and_turn_neighbours"),
-    "loss": loss,
+    **{name: rotary(name) for name in ("split_and_turn", "split_and_turn_neighbours")},
 }
