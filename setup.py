@@ -1,5 +1,7 @@
 """Packaging of mindpeft; `models/` at the top of the repository is installed as `mindpeft.models`."""
 
+import copy
+import os
 import platform
 from glob import glob
 
@@ -82,6 +84,12 @@ class BuildKernels(build_ext):
     def finalize_options(self) -> None:
         super().finalize_options()
         self.parallel = self.parallel or 2
+
+    def build_extension(self, ext: Extension) -> None:
+        # Levels are built of the same sources: each needs a folder of its own for what it compiles them to.
+        own = copy.copy(self)
+        own.build_temp = os.path.join(self.build_temp, ext.name)
+        super(BuildKernels, own).build_extension(ext)
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"

@@ -62,6 +62,16 @@ def test_a_build_is_for_processors_that_have_its_units(folder, monkeypatch):
         assert search().level == level
 
 
+def test_the_build_for_avx2_has_no_instruction_of_avx512():
+    """All builds are compiled of the same files, side by side: none may get what was compiled for another."""
+    build, tool = BUILT.with_name("kernels_avx2.so"), shutil.which("objdump")
+    if tool is None or not build.is_file():
+        pytest.skip("objdump or the build for AVX2 is absent here")
+    code = subprocess.run([tool, "-d", str(build)], capture_output=True, text=True, check=True).stdout
+    assert "%ymm" in code
+    assert "%zmm" not in code
+
+
 def test_the_switch(monkeypatch, caplog):
     monkeypatch.setenv(module.SWITCH, "0")
     assert search() == Library(None, reason="MINDPEFT_CPU_KERNELS=0")
