@@ -13,4 +13,5 @@ def cotangent(shape: tuple[int, ...], seed: int = 9) -> np.ndarray:
 
 def on_bfloat16_grid(numbers: np.ndarray) -> np.ndarray:
     """The same cut to what bfloat16 holds, still float32."""
-    return (np.asarray(numbers, np.float32, order="C").view(np.uint32) & 0xFFFF0000).view(np.float32)
+    bits = np.asarray(numbers, np.float32, order="C").view(np.uint32)
+    return np.asarray(bits & np.uint32(0xFFFF0000)).view(np.float32)

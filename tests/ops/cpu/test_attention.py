@@ -135,6 +135,17 @@ def test_blocks_that_nobody_sees_may_hold_anything(kernels, length):
     assert error(case.run(kernels)[:1], expected[:1]) < 1e-5
 
 
+@pytest.mark.parametrize("cap", [0.0, 2.0])
+@pytest.mark.parametrize("length", [1, 7, 65, 257])
+def test_one_key(kernels, length, cap):
+    """It is all there is to see, whatever its score: queries and key get no gradient but rounding."""
+    case = case_of(length, 1, cap=cap)
+    out, dq, dk, dv = case.run(kernels)
+    wanted, _, _, wanted_dv = expectation(case)
+    assert error([out, dv], [wanted, wanted_dv]) < 1e-5
+    assert max(np.abs(dq).max(), np.abs(dk).max()) < 1e-5
+
+
 def test_scores_of_any_size(kernels):
     """The largest is subtracted before the exponential."""
     case = case_of(65, 300)

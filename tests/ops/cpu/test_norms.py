@@ -40,6 +40,16 @@ def test_a_layer_norm_of_one_column_is_its_bias(kernels):
     assert not dweight.any()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_few_columns(kernels, family, width):
+    """The gradient is what is left of nearly equal numbers: it has fewer digits."""
+    case = case_of(family, Random(2).normal(257, width))
+    assert error(case.run(kernels)[:1], expectation(case)[:1]) < 1e-5
+    for found, expected in zip(case.run(kernels)[1:], expectation(case)[1:], strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=3e-4)
+
+
 def test_a_mean_far_from_0_costs_no_digits_of_the_variance(kernels):
     """A sum of squares less the square of a sum would leave none. The mean itself is good to 2**-13."""
     case = case_of("layer_norm", Random(0).normal(5, 257, mean=4096))

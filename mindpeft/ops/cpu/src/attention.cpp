@@ -279,7 +279,9 @@ class Backward {
       return;
     }
     const float* mask = problem_.mask.row(block.text, block.head, query, 0);
-    const float most = *std::max_element(mask, mask + problem_.keys);
+    float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+    for (int64_t j = 0; j < problem_.keys; ++j) most = mask[j] > most ? mask[j] : most;
     const float share = 1.0f / std::count(mask, mask + problem_.keys, most);
     for (int64_t j = 0; j < block.keys; ++j) row[j] = mask[block.key + j] == most ? share : 0.0f;
   }
