@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from mindspore import Tensor
 
+from tests.ops.cotangent import cotangent
+
 
 def run(operation: Callable, *inputs: np.ndarray, seed: int = 9) -> list[np.ndarray]:
     """The operation's value, and the gradients of ``sum(value * c)`` for a fixed random c, ours."""
@@ -36,10 +38,6 @@ def run_torch(operation: Callable, *inputs: np.ndarray, seed: int = 9) -> list[n
     (value * torch.tensor(cotangent(tuple(value.shape), seed))).sum().backward()
     gradients = [tensor.grad for tensor in tensors if tensor.requires_grad]
     return [tensor.detach().numpy() for tensor in (value, *gradients)]
-
-
-def cotangent(shape: tuple[int, ...], seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def assert_close(found: list[np.ndarray], expected: list[np.ndarray], tolerance: float) -> None:

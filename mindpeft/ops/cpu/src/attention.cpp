@@ -6,7 +6,8 @@
 // dropout of the weights. What comes out is (batch, length, heads * value size).
 //
 // A mask hides a key by a number so low that a score added to it makes no difference. A row all of whose keys
-// are hidden then weighs them alike, as the composition of plain operators does. Where a whole block is hidden
+// are hidden then weighs those alike that are hidden least, as the composition of plain operators does; where
+// all are hidden by -infinity, all keys. Where a whole block is hidden
 // for a few queries, nothing is computed for it.
 #include <algorithm>
 #include <cmath>
@@ -93,10 +94,10 @@ bool hidden(const Problem& problem, const Block& block) {
   const int64_t rows = problem.mask.row_step == 0 ? 1 : block.queries;
   for (int64_t i = 0; i < rows; ++i) {
     const float* mask = problem.mask.row(block.text, block.head, block.query + i, block.key);
-    float most = -INFINITY;
-#pragma omp simd reduction(max : most)
-    for (int64_t j = 0; j < block.keys; ++j) most = mask[j] > most ? mask[j] : most;
-    if (!(most < kHidden)) return false;
+    int seen = 0;
+#pragma omp simd reduction(| : seen)
+    for (int64_t j = 0; j < block.keys; ++j) seen |= !(mask[j] < kHidden);  // what is not a number is seen
+    if (seen) return false;
   }
   return true;
 }
@@ -136,6 +137,7 @@ float take_in(float* row, int64_t count, float& most, float& sum) {
     row[j] = row[j] == higher ? 1.0f : mindpeft::exponential(row[j] - higher);
     mine += row[j];
   }
+  if (higher == INFINITY) mine = NAN;  // as if infinity had been subtracted from itself
   const float kept = most == higher ? 1.0f : mindpeft::exponential(most - higher);
   most = higher;
   sum = sum * kept + mine;
@@ -151,6 +153,11 @@ void drop(const Problem& problem, const Block& block, float* weights) {
 #pragma omp simd
     for (int64_t j = 0; j < block.keys; ++j) row[j] *= problem.noise.factor(mine, block.key + j);
   }
+}
+
+// The logarithm of a row's sum of exponentials; -infinity for one that saw no key.
+float log_of_sum(float most, float sum) {
+  return most < kHidden && sum == sum ? -INFINITY : most + std::log(sum);
 }
 
 void scale_row(float* row, int64_t count, float factor) {
@@ -190,9 +197,8 @@ bool attend(const Problem& problem, Block block, bool skip, float* out, int64_t 
     for (int64_t j = 0; j < problem.value_size; ++j) {
       out[i * out_step + j] = mixed[i * problem.value_size + j] / sums[i];
     }
-    const bool none = most[i] < kHidden;
-    logs[i] = none ? -INFINITY : most[i] + std::log(sums[i]);
-    blind |= none;
+    logs[i] = log_of_sum(most[i], sums[i]);
+    blind |= logs[i] == -INFINITY;
   }
   return blind;
 }
@@ -224,7 +230,7 @@ void attend_with_one(const Problem& problem, int64_t text, int64_t head, float* 
     if (share == 0.0f) continue;
     for (int64_t i = 0; i < problem.value_size; ++i) out[i] += share * values[j * problem.value_size + i];
   }
-  *logs = most < kHidden ? -INFINITY : most + std::log(sum);
+  *logs = log_of_sum(most, sum);
 }
 
 void attend_all(const Problem& problem, float* out, float* logs) {
@@ -285,8 +291,9 @@ class Backward {
  private:
   void step(const Block& block, float* dq, float* dk, float* dv) {
     const float* logs = logs_ + (block.text * problem_.heads + block.head) * problem_.length + block.query;
-    const bool blind = std::any_of(logs, logs + block.queries, [](float log) { return log == -INFINITY; });
-    if (!blind && hidden(problem_, block)) return;
+    // Queries that saw no key, or that are not numbers, change hidden keys too.
+    const bool all = std::any_of(logs, logs + block.queries, [](float log) { return !(log > -INFINITY); });
+    if (!all && hidden(problem_, block)) return;
     const int64_t size = problem_.size, value_size = problem_.value_size, row = problem_.heads * value_size;
     float* weights = mindpeft::scratch(2, kQueries * kKeys);
     float* slopes = mindpeft::scratch(3, kQueries * kKeys);
@@ -295,7 +302,13 @@ class Backward {
     const float* dout = dout_ + (block.text * problem_.length + block.query) * row + block.head * value_size;
     const int64_t key_row = (block.text * problem_.key_heads + block.head / problem_.group()) * problem_.keys + block.key;
     const int64_t query_row = (block.text * problem_.heads + block.head) * problem_.length + block.query;
-    for (int64_t i = 0; i < block.queries; ++i) to_weights(weights + i * kKeys, block.keys, logs[i]);
+    for (int64_t i = 0; i < block.queries; ++i) {
+      if (logs[i] == -INFINITY) {
+        even_weights(block, block.query + i, weights + i * kKeys);
+      } else {
+        to_weights(weights + i * kKeys, block.keys, logs[i]);
+      }
+    }
     const float* mixing = weights;
     if (problem_.noise.any()) {
       float* dropped = mindpeft::scratch(5, kQueries * kKeys);
@@ -322,11 +335,21 @@ class Backward {
              Matrix(problem_.queries(block.text, block.head, block.query), size), 1.0f, dk + key_row * size, size);
   }
 
-  void to_weights(float* row, int64_t count, float log) const {
-    if (log == -INFINITY) {
-      std::fill(row, row + count, 1.0f / problem_.keys);
+  // Of a query that saw no key: equal ones for the keys that the mask hides least.
+  void even_weights(const Block& block, int64_t query, float* row) const {
+    if (problem_.mask.data == nullptr) {
+      std::fill(row, row + block.keys, 1.0f / problem_.keys);
       return;
     }
+    const float* mask = problem_.mask.row(block.text, block.head, query, 0);
+    float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+    for (int64_t j = 0; j < problem_.keys; ++j) most = mask[j] > most ? mask[j] : most;
+    const float share = 1.0f / std::count(mask, mask + problem_.keys, most);
+    for (int64_t j = 0; j < block.keys; ++j) row[j] = mask[block.key + j] == most ? share : 0.0f;
+  }
+
+  void to_weights(float* row, int64_t count, float log) const {
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) row[j] = mindpeft::exponential(row[j] - log);
   }

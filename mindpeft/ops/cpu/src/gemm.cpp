@@ -173,19 +173,26 @@ void split_product(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Matri
   }
 }
 
+// Whether the library was found and has done it: it has no product of bfloat16s for some processors.
+bool fast_product(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Matrix b, float keep, float* c,
+                  int64_t stride) {
+  const auto call = [&](auto function, auto* type) {
+    using Number = const std::remove_pointer_t<decltype(type)>;
+    return function != nullptr &&
+           function(a.transposed ? 'T' : 'N', b.transposed ? 'T' : 'N', m, n, k, scale,
+                    static_cast<Number*>(a.data), a.stride, static_cast<Number*>(b.data), b.stride, keep, c, stride,
+                    nullptr) == 0;
+  };
+  return a.bfloat ? call(products().bfloats, static_cast<bfloat16*>(nullptr))
+                  : call(products().floats, static_cast<float*>(nullptr));
+}
+
 }  // namespace
 
 void multiply(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Matrix b, float keep, float* c,
               int64_t stride) {
   if (m == 0 || n == 0) return;
-  const char ta = a.transposed ? 'T' : 'N', tb = b.transposed ? 'T' : 'N';
-  if (k > 0 && !a.bfloat && products().floats != nullptr) {
-    products().floats(ta, tb, m, n, k, scale, static_cast<const float*>(a.data), a.stride,
-                      static_cast<const float*>(b.data), b.stride, keep, c, stride, nullptr);
-  } else if (k > 0 && a.bfloat && products().bfloats != nullptr) {
-    products().bfloats(ta, tb, m, n, k, scale, static_cast<const bfloat16*>(a.data), a.stride,
-                       static_cast<const bfloat16*>(b.data), b.stride, keep, c, stride, nullptr);
-  } else {
+  if (k == 0 || !fast_product(m, n, k, scale, a, b, keep, c, stride)) {
     plain_product(m, n, k, scale, a, b, keep, c, stride);
   }
 }

@@ -7,8 +7,8 @@
 
 namespace {
 
-// The angles of a pair of columns: tables (batch, 1 or more, length, size), as mindpeft.nn.rotary makes them,
-// the first sine of each pair negative.
+// The angles of a pair of columns: tables (batch, 1 or more, length, size), where each column has its own
+// cosine and sine; mindpeft.nn.rotary makes the first sine of each pair negative.
 struct Angles {
   const float *cos, *sin;
   int64_t size;        // columns that are turned
@@ -16,22 +16,22 @@ struct Angles {
   bool neighbours;     // pairs are neighbours; else halves
 };
 
-// One head's columns at one place. `back` turns the other way.
-void turn(const float* in, float* out, int64_t width, const float* cos, const float* sin, const Angles& angles,
-          bool back) {
-  const int64_t size = angles.size, half = size / 2;
-  const float sign = back ? -1.0f : 1.0f;
+// One head's columns at one place. `back` turns the other way: what a column gave its pair comes back to it.
+void turn(const float* __restrict in, float* __restrict out, int64_t width, const float* cos, const float* sin,
+          const Angles& angles, bool back) {
+  const int64_t size = angles.size, half = size / 2, apart = angles.neighbours ? 1 : half;
+  const float *to_first = back ? sin + apart : sin, *to_second = back ? sin : sin + apart;
   if (angles.neighbours) {
     for (int64_t i = 0; i < size; i += 2) {
       const float first = in[i], second = in[i + 1];
-      out[i] = first * cos[i] + second * sin[i] * sign;
-      out[i + 1] = second * cos[i + 1] + first * sin[i + 1] * sign;
+      out[i] = first * cos[i] + second * to_first[i];
+      out[i + 1] = second * cos[i + 1] + first * to_second[i];
     }
   } else {
     for (int64_t i = 0; i < half; ++i) {
       const float first = in[i], second = in[i + half];
-      out[i] = first * cos[i] + second * sin[i] * sign;
-      out[i + half] = second * cos[i + half] + first * sin[i + half] * sign;
+      out[i] = first * cos[i] + second * to_first[i];
+      out[i + half] = second * cos[i + half] + first * to_second[i];
     }
   }
   std::copy(in + size, in + width, out + size);

@@ -94,12 +94,20 @@ class Pool {
 Pool* pool = nullptr;
 std::mutex making;
 
+// A child has none of its parent's threads, and a lock that one of them held would never be released.
+int mind_forks() {
+  return pthread_atfork([] { making.lock(); }, [] { making.unlock(); },
+                        [] {
+                          pool = nullptr;
+                          making.unlock();
+                        });
+}
+
 Pool& the_pool() {
+  static const int minded = mind_forks();  // once: handlers are a child's, too
+  static_cast<void>(minded);
   std::lock_guard<std::mutex> lock(making);
-  if (pool == nullptr) {
-    pool = new Pool(wanted_threads());
-    pthread_atfork(nullptr, nullptr, [] { pool = nullptr; });  // a child has none of its parent's threads
-  }
+  if (pool == nullptr) pool = new Pool(wanted_threads());
   return *pool;
 }
 

@@ -50,7 +50,17 @@ inline float exponential(float x) {
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
-inline float hyperbolic_tangent(float x) { return 2.0f * sigmoid(2.0f * x) - 1.0f; }
+// Near 0, where the difference would leave few digits, an odd polynomial (Cephes, Moshier 1984).
+inline float hyperbolic_tangent(float x) {
+  const float t = x * x;
+  float sum = -5.70498872745e-3f;
+  sum = sum * t + 2.06390887954e-2f;
+  sum = sum * t - 5.37397155531e-2f;
+  sum = sum * t + 1.33314422036e-1f;
+  sum = sum * t - 3.33332819422e-1f;
+  const float near = x + x * t * sum, far = 2.0f * sigmoid(2.0f * x) - 1.0f;
+  return t < 0.390625f ? near : far;
+}
 
 // The error function within 4e-7: an odd rational function fitted on |x| < 3.92, beyond which it is 1.
 inline float error_function(float x) {

@@ -1,0 +1,293 @@
+"""Random inputs for each family of `native`, of sizes that no vector unit and no block divides."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from tests.ops.cotangent import on_bfloat16_grid
+from tests.ops.cpu import native
+
+SIZES = (1, 3, 7, 17, 65, 257)
+ROWS = (1, 2, 5, 8, 9, 12, 15, 17, 65, 257)  # to 8 rows a product takes another way
+LOWEST = np.float32(-3.3895314e38)  # what mindpeft adds to hidden scores
+Maker = Callable[["Random"], Iterator["Case"]]
+
+
+class Case(NamedTuple):
+    """A family's inputs: those that get a gradient, and those that get none."""
+
+    family: str
+    inputs: tuple[np.ndarray, ...]
+    fixed: tuple[np.ndarray, ...] = ()
+    bfloat16: bool = False  # hand over the weight, the second input, in bfloat16
+
+    def run(self, kernels: native.Kernels) -> list[np.ndarray]:
+        """Value and gradients by our kernels."""
+        inputs = list(self.inputs)
+        if self.bfloat16:
+            inputs[1] = native.to_bfloat16(inputs[1])
+        return native.FAMILIES[self.family](kernels, *inputs, *self.fixed)
+
+    def __str__(self) -> str:
+        shapes = [value.shape for value in (*self.inputs, *self.fixed)]
+        return f"{self.family}{' bfloat16' if self.bfloat16 else ''} {shapes}"
+
+
+class Random:
+    """Numbers and choices of one seed."""
+
+    def __init__(self, seed: int):
+        self.generator = np.random.default_rng(seed)
+
+    def normal(self, *shape: int, scale: float = 1.0, mean: float = 0.0) -> np.ndarray:
+        return self.generator.normal(mean, scale, shape).astype(np.float32)
+
+    def pick(self, choices):
+        return choices[self.generator.integers(len(choices))]
+
+    def lead(self) -> tuple[int, ...]:
+        """The axes before a row's: one or two, and now and then no row at all."""
+        rows = self.pick(ROWS)
+        return self.pick([(rows,), (rows,), (3, rows), (2, 1, rows), (0,), (2, 0)])
+
+
+def numbers(*values: float) -> np.ndarray:
+    return np.array(values, np.float32)
+
+
+def product(name: str, bfloat16: bool = False) -> Maker:
+    """Of a dense layer, with LoRA or without; with a bias if its name says so."""
+
+    def make(random: Random) -> Iterator[Case]:
+        while True:
+            lead, into, out = random.lead(), random.pick(SIZES), random.pick(SIZES)
+            x, weight = random.normal(*lead, into), random.normal(out, into)
+            if bfloat16:
+                x, weight = on_bfloat16_grid(x), on_bfloat16_grid(weight)
+            inputs, fixed = [x, weight], []
+            if name.startswith("lora"):
+                rank = random.pick((1, 3, 8, 17))
+                inputs += [random.normal(rank, into), random.normal(out, rank)]
+                fixed = [numbers(random.pick((0.5, 2.0)))]
+            if name.endswith("bias"):
+                inputs.append(random.normal(out))
+            yield Case(name, tuple(inputs), tuple(fixed), bfloat16)
+
+    return make
+
+
+def qkv(random: Random, batch: int, heads: int, group: int, length: int, keys: int) -> tuple[np.ndarray, ...]:
+    size, value_size = random.pick((1, 3, 16, 65)), random.pick((1, 3, 16, 65))
+    return (
+        random.normal(batch, heads * group, length, size),
+        random.normal(batch, heads, keys, size),
+        random.normal(batch, heads, keys, value_size),
+    )
+
+
+def settings(random: Random, size: int) -> np.ndarray:
+    return numbers(size**-0.5, random.pick((0.0, 0.0, 2.0, 50.0)))
+
+
+def attention(random: Random) -> Iterator[Case]:
+    while True:
+        length, keys = random.pick(SIZES), random.pick((*SIZES[1:], 256, 513))
+        inputs = qkv(
+            random, random.pick((0, 1, 2, 3)), random.pick((1, 3)), random.pick((1, 2)), length, keys
+        )
+        yield Case("attention", inputs, (settings(random, inputs[0].shape[-1]),))
+
+
+def masked_attention(random: Random) -> Iterator[Case]:
+    for kind, broadcast in itertools.cycle(itertools.product(MASKS, itertools.product((0, 1), repeat=3))):
+        length, keys = random.pick(SIZES), random.pick((*SIZES[1:], 300, 513))
+        heads, group = random.pick((1, 3)), random.pick((1, 2))
+        inputs = qkv(random, 2, heads, group, length, keys)
+        full = (2, heads * group, length)
+        axes = [1 if one else size for one, size in zip(broadcast, full, strict=True)]
+        mask = MASKS[kind](random, (*axes, keys)).astype(np.float32)
+        yield Case("masked_attention", inputs, (mask, settings(random, inputs[0].shape[-1])))
+
+
+def some_hidden(random: Random, shape) -> np.ndarray:
+    return np.where(random.generator.random(shape) < 0.5, LOWEST, 0)
+
+
+def infinitely_hidden(random: Random, shape) -> np.ndarray:
+    mask = np.where(random.generator.random(shape) < 0.5, -np.inf, 0)
+    mask[..., random.generator.integers(shape[-1])] = 0  # a row of nothing else is NaN in torch
+    return mask
+
+
+def causal(random: Random, shape) -> np.ndarray:
+    """The last query sees all keys, as with a cache; the first ones may see none."""
+    ahead = np.arange(shape[-1]) > np.arange(shape[-2])[:, None] + shape[-1] - shape[-2]
+    return np.where(np.broadcast_to(ahead, shape), LOWEST, 0)
+
+
+def padded(random: Random, shape) -> np.ndarray:
+    """Texts of unequal length, some of length 0."""
+    lengths = random.generator.integers(0, shape[-1] + 1, (shape[0], 1, 1, 1))
+    return np.where(np.broadcast_to(np.arange(shape[-1]) >= lengths, shape), LOWEST, 0)
+
+
+def hidden_twice(random: Random, shape) -> np.ndarray:
+    """Two masks added up: -inf where both hide; some rows see nothing, but not all of it is -inf."""
+    with np.errstate(over="ignore"):
+        mask = (causal(random, shape) + padded(random, shape)).astype(np.float32)
+    blind = np.isneginf(mask).all(-1)
+    mask[..., 0] = np.where(blind, LOWEST, mask[..., 0])
+    return mask
+
+
+def biases(random: Random, shape) -> np.ndarray:
+    return random.normal(*shape)
+
+
+MASKS = {
+    "some": some_hidden,
+    "infinite": infinitely_hidden,
+    "causal": causal,
+    "padded": padded,
+    "twice": hidden_twice,
+    "biases": biases,
+}
+
+
+def norm(name: str) -> Maker:
+    def make(random: Random) -> Iterator[Case]:
+        while True:
+            # Few columns may be nearly equal, and their mean then costs all digits of what is left.
+            lead, width = random.lead(), random.pick(SIZES[2:])
+            x = random.normal(*lead, width, scale=random.pick((0.1, 1.0, 30.0)), mean=random.pick((0.0, 3.0)))
+            inputs = [x, random.normal(width)]
+            if name == "layer_norm":
+                inputs.append(random.normal(width))
+            yield Case(name, tuple(inputs), (numbers(random.pick((1e-5, 1e-6, 1e-2))),))
+
+    return make
+
+
+def elementwise(name: str, count: int) -> Maker:
+    def make(random: Random) -> Iterator[Case]:
+        while True:
+            shape = (*random.lead(), random.pick(SIZES[3:]))  # not of tails alone, where few digits are left
+            yield Case(name, tuple(random.normal(*shape, scale=3) for _ in range(count)))
+
+    return make
+
+
+def heads_apart(random: Random) -> Iterator[Case]:
+    while True:
+        heads, size = random.pick((1, 2, 3, 8)), random.pick((1, 3, 16, 65))
+        x = random.normal(random.pick((0, 1, 2, 3)), random.pick(SIZES), heads * size)
+        yield Case("split_heads", (x,), (np.array(heads),))
+
+
+def heads_together(random: Random) -> Iterator[Case]:
+    while True:
+        batch, heads = random.pick((0, 1, 2, 3)), random.pick((1, 2, 3, 8))
+        yield Case("merge_heads", (random.normal(batch, heads, random.pick(SIZES), random.pick(SIZES)),))
+
+
+def rotary(name: str) -> Maker:
+    def make(random: Random) -> Iterator[Case]:
+        while True:
+            batch, heads, length = random.pick((0, 1, 2, 3)), random.pick((1, 3)), random.pick(SIZES)
+            size, rest = random.pick((2, 6, 34, 64)), random.pick((0, 1, 5))
+            x = random.normal(batch, length, heads * (size + rest))
+            cos, sin = tables(random, random.pick((1, batch)), random.pick((1, heads)), length, size)
+            yield Case(name, (x,), (cos, sin, np.array(heads)))
+
+    return make
+
+
+def tables(random: Random, batch: int, heads: int, length: int, size: int) -> list[np.ndarray]:
+    """Cosines and sines, the same for all heads; a rotation's are related, which a gradient need not know."""
+    return [np.tile(random.normal(batch, 1, length, size), (1, heads, 1, 1)) for _ in range(2)]
+
+
+def loss(bfloat16: bool = False) -> Maker:
+    def make(random: Random) -> Iterator[Case]:
+        while True:
+            # More than 8 rows of hidden states are rounded to bfloat16, and the gradients of all logits.
+            rows = random.pick((0, 1, 5, 8, 9, 65, 300, 600))
+            width, vocabulary = random.pick(SIZES), random.pick(SIZES)
+            hidden, weight = (
+                random.normal(rows, width),
+                random.normal(vocabulary, width, scale=2 * width**-0.5),
+            )
+            labels = random.generator.integers(0, vocabulary, rows).astype(np.int32)
+            labels[random.generator.random(rows) < random.pick((0, 0.3, 1))] = -100
+            if bfloat16:
+                hidden, weight = on_bfloat16_grid(hidden), on_bfloat16_grid(weight)
+            yield Case("loss", (hidden, weight), (labels,), bfloat16)
+
+    return make
+
+
+EXACT: dict[str, Maker] = {
+    "linear": product("linear"),
+    "linear_bias": product("linear_bias"),
+    "linear bfloat16": product("linear", True),
+    "linear_bias bfloat16": product("linear_bias", True),
+    "lora": product("lora"),
+    "lora_bias": product("lora_bias"),
+    "lora bfloat16": product("lora", True),
+    "lora_bias bfloat16": product("lora_bias", True),
+    "attention": attention,
+    "masked_attention": masked_attention,
+    "rms_norm": norm("rms_norm"),
+    "layer_norm": norm("layer_norm"),
+    **{name: elementwise(name, 1) for name in ("gelu", "tanh_gelu", "silu")},
+    **{f"{name}_gate": elementwise(f"{name}_gate", 2) for name in ("gelu", "tanh_gelu", "silu")},
+    "split_heads": heads_apart,
+    "merge_heads": heads_together,
+    "split_and_turn": rotary("split_and_turn"),
+    "split_and_turn_neighbours": rotary("split_and_turn_neighbours"),
+    "loss": loss(),
+}
+ALL = {**EXACT, "loss bfloat16": loss(True)}  # its logits' gradients are rounded to bfloat16 on the way
+
+
+def large() -> list[Case]:
+    """One of each way to share the work, large enough for 64 threads."""
+    random = Random(11)
+    x, weight, grid = (
+        random.normal(1300, 67),
+        random.normal(1100, 67),
+        on_bfloat16_grid(random.normal(1100, 67)),
+    )
+    low_rank = random.normal(5, 67), random.normal(1100, 5)
+    wide = random.normal(3000, 257)
+    q, k, v = random.normal(1, 2, 513, 17), random.normal(1, 1, 1500, 17), random.normal(1, 1, 1500, 5)
+    labels = random.generator.integers(-9, 1100, 1300).astype(np.int32)
+    return [
+        Case("linear", (on_bfloat16_grid(x), grid), (), True),
+        Case("linear", (x[:8], weight)),
+        Case("lora_bias", (x, weight, *low_rank, random.normal(1100)), (numbers(0.5),)),
+        Case("gelu_gate", (random.normal(1 << 20), random.normal(1 << 20))),
+        Case("layer_norm", (wide, random.normal(257), random.normal(257)), (numbers(1e-5),)),
+        Case("rms_norm", (wide, random.normal(257)), (numbers(1e-5),)),
+        Case(
+            "masked_attention",
+            (q, k, v),
+            (causal(random, (1, 1, 513, 1500)).astype(np.float32), numbers(0.3, 0)),
+        ),
+        Case("attention", (q[:, :, :1].copy(), k, v), (numbers(0.3, 2),)),
+        Case(
+            "split_and_turn",
+            (random.normal(2, 1500, 198),),
+            (*tables(random, 2, 1, 1500, 64), np.array(3)),
+        ),
+        Case("loss", (x, weight), (labels,)),
+    ]
+
+
+def some(name: str, count: int, seed: int = 0) -> list[Case]:
+    """``count`` cases of a name of ``ALL``."""
+    return list(itertools.islice(ALL[name](Random(seed)), count))

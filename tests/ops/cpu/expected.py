@@ -1,0 +1,132 @@
+"""What torch computes in float64 for each family of `native`, and how far ours is from it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from tests.ops.compare import run_torch
+from tests.ops.cpu.cases import Case
+from tests.ops.cpu.native import Kernels
+
+
+def error(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
+    """The largest difference, relative to the largest number of its array; infinite where NaNs differ."""
+    assert [array.shape for array in found] == [array.shape for array in expected]
+    # A gradient ten times smaller than the others is what is left of sums that cancel, such as that of scores
+    # where there is one key.
+    least = 0.1 * max(map(_largest, expected[1:]), default=0)
+    bounds = [0, *(least for _ in expected[1:])]
+    return max(map(_error, found, expected, bounds))
+
+
+def _largest(array: np.ndarray) -> float:
+    return float(np.abs(array[np.isfinite(array)]).max(initial=0))
+
+
+def _error(found: np.ndarray, expected: np.ndarray, least: float) -> float:
+    finite = np.isfinite(expected)
+    # NaN where NaN is expected, and each infinity where it is
+    if not np.array_equal(np.where(finite, 0, found), np.where(finite, 0, expected), equal_nan=True):
+        return math.inf
+    difference = np.abs(np.where(finite, found, 0) - np.where(finite, expected, 0))
+    return float(difference.max(initial=0)) / max(_largest(expected), least, 1e-30)
+
+
+def expectation(case: Case) -> list[np.ndarray]:
+    """Value and gradients by torch."""
+    fixed = [torch.as_tensor(value) for value in case.fixed]
+    fixed = [value.double() if value.is_floating_point() else value.long() for value in fixed]
+    return run_torch(lambda *tensors: FAMILIES[case.family](*tensors, *fixed), *case.inputs)
+
+
+def worst(kernels: Kernels, cases: list[Case]) -> float:
+    """The largest error of our kernels over cases; one beyond all bounds is reported with its shapes."""
+    errors = [error(case.run(kernels), expectation(case)) for case in cases]
+    at = int(np.argmax(errors))
+    print(f"{errors[at]:.1e} at {cases[at]}")
+    return errors[at]
+
+
+def linear(x, weight, bias=None):
+    return F.linear(x, weight, bias)
+
+
+def lora(x, weight, a, b, scale):
+    return x @ weight.T + scale * x @ a.T @ b.T
+
+
+def lora_bias(x, weight, a, b, bias, scale):
+    return lora(x, weight, a, b, scale) + bias
+
+
+def attention(q, k, v, settings):
+    return masked_attention(q, k, v, torch.zeros((), dtype=torch.float64), settings)
+
+
+def masked_attention(q, k, v, mask, settings):
+    scale, cap = settings.tolist()
+    group = q.shape[1] // k.shape[1]
+    scores = q @ k.repeat_interleave(group, 1).mT * scale
+    if cap > 0:
+        scores = cap * torch.tanh(scores / cap)
+    mixed = torch.softmax(scores + mask, -1) @ v.repeat_interleave(group, 1)
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def rms_norm(x, weight, eps):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def layer_norm(x, weight, bias, eps):
+    return F.layer_norm(x, weight.shape, weight, bias, eps.item())
+
+
+ACTIVATIONS = {"gelu": F.gelu, "tanh_gelu": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
+
+
+def gate(function):
+    return lambda x, up: function(x) * up
+
+
+def split_heads(x, heads):
+    return x.unflatten(-1, (int(heads), -1)).transpose(1, 2)
+
+
+def merge_heads(x):
+    return x.transpose(1, 2).flatten(2)
+
+
+def split_and_turn(x, cos, sin, heads):
+    size = cos.shape[-1]
+    return _turned(x, cos, sin, heads, lambda turned: turned.roll(size // 2, -1))
+
+
+def split_and_turn_neighbours(x, cos, sin, heads):
+    return _turned(x, cos, sin, heads, lambda turned: turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2))
+
+
+def _turned(x, cos, sin, heads, exchanged):
+    apart, size = split_heads(x, heads), cos.shape[-1]
+    turned = apart[..., :size]
+    return torch.cat((turned * cos[:, :1] + exchanged(turned) * sin[:, :1], apart[..., size:]), -1)
+
+
+def loss(hidden, weight, labels):
+    counted = labels >= 0
+    # torch's mean over no label at all is NaN, ours 0
+    total = F.cross_entropy(hidden[counted] @ weight.T, labels[counted], reduction="sum")
+    return (total / max(1, counted.sum())).reshape(1)
+
+
+_by_name = (linear, lora, lora_bias, attention, masked_attention, rms_norm, layer_norm, loss, split_heads)
+_by_name = (*_by_name, merge_heads, split_and_turn, split_and_turn_neighbours)
+FAMILIES = {
+    **{family.__name__: family for family in _by_name},
+    "linear_bias": linear,
+    **ACTIVATIONS,
+    **{f"{name}_gate": gate(function) for name, function in ACTIVATIONS.items()},
+}

@@ -1,0 +1,218 @@
+"""The kernels' C functions, called as MindSpore calls them, but by ctypes: no MindSpore and no graph."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import numpy as np
+
+from tests.ops.cotangent import cotangent
+
+TYPES = {"float32": b"float32", "int32": b"int32", "uint16": b"bfloat16"}
+GUARD = 17  # numbers around an output; odd, so that no output begins where a vector would
+UNTOUCHED = 0x7FC0BEEF  # a NaN of our own: what an output holds before the call
+SILENCE = np.array([0, 1, 0, 0], np.float32)  # noise for no dropout
+Shape = tuple[int, ...]
+
+
+class Kernels:
+    """One built library."""
+
+    def __init__(self, path: str | Path):
+        self.library = ctypes.CDLL(str(path))
+
+    def call(self, name: str, *tensors: np.ndarray) -> None:
+        """Call a kernel: its inputs, then its outputs, as ``MINDPEFT_KERNEL`` in ``src/`` documents them."""
+        assert all(tensor.flags.c_contiguous for tensor in tensors)
+        count = len(tensors)
+        data = (ctypes.c_void_p * count)(*(tensor.ctypes.data for tensor in tensors))
+        ranks = (ctypes.c_int * count)(*(tensor.ndim for tensor in tensors))
+        # An array of length 0 has no address that a kernel may look at.
+        axes = [(ctypes.c_int64 * max(tensor.ndim, 1))(*tensor.shape) for tensor in tensors]
+        shapes = (ctypes.POINTER(ctypes.c_int64) * count)(
+            *(ctypes.cast(axis, ctypes.POINTER(ctypes.c_int64)) for axis in axes)
+        )
+        types = (ctypes.c_char_p * count)(*(TYPES[tensor.dtype.name] for tensor in tensors))
+        assert self.library[name](count, data, ranks, shapes, types, None, None) == 0
+
+    def compute(self, name: str, *inputs: np.ndarray, to: list[Shape]) -> list[np.ndarray]:
+        """The outputs of the given shapes; nothing beside them, and no input, may have been written."""
+        buffers = [np.full(int(np.prod(shape)) + 2 * GUARD, UNTOUCHED, np.uint32) for shape in to]
+        outputs = [
+            buffer[GUARD : buffer.size - GUARD].view(np.float32).reshape(shape)
+            for buffer, shape in zip(buffers, to, strict=True)
+        ]
+        before = [value.copy() for value in inputs]
+        self.call(name, *inputs, *outputs)
+        for buffer in buffers:
+            assert (buffer[:GUARD] == UNTOUCHED).all(), f"{name} wrote before its output"
+            assert (buffer[buffer.size - GUARD :] == UNTOUCHED).all(), f"{name} wrote behind its output"
+            assert not (buffer[GUARD : buffer.size - GUARD] == UNTOUCHED).any(), f"{name} left numbers unset"
+        for value, kept in zip(inputs, before, strict=True):
+            assert value.tobytes() == kept.tobytes(), f"{name} wrote to an input"
+        return [output.copy() for output in outputs]
+
+    def one(self, name: str, *inputs: np.ndarray, to: Shape) -> np.ndarray:
+        """The same for a kernel with one output."""
+        return self.compute(name, *inputs, to=[to])[0]
+
+
+def to_bfloat16(numbers: np.ndarray) -> np.ndarray:
+    """The upper halves of float32 numbers that bfloat16 holds exactly."""
+    return (np.ascontiguousarray(numbers).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def rows_of(x: np.ndarray) -> int:
+    return int(np.prod(x.shape[:-1]))
+
+
+# Each family below is (kernels, what gets a gradient ..., what gets none ...) -> [value, gradients ...], the
+# gradients of sum(value * cotangent(value.shape)).
+
+
+def linear(kernels: Kernels, x, weight):
+    y = kernels.one("linear", x, weight, to=(*x.shape[:-1], weight.shape[0]))
+    return [y, *linear_gradients(kernels, x, weight, cotangent(y.shape))]
+
+
+def linear_gradients(kernels: Kernels, x, weight, dy):
+    return (
+        kernels.one("linear_grad", dy, weight, to=x.shape),
+        kernels.one("linear_grad_weight", x, dy, to=weight.shape),
+    )
+
+
+def linear_bias(kernels: Kernels, x, weight, bias):
+    y = kernels.one("linear_bias", x, weight, bias, to=(*x.shape[:-1], weight.shape[0]))
+    dy = cotangent(y.shape)
+    dbias = kernels.one("sum_rows", dy, to=bias.shape)
+    return [y, *linear_gradients(kernels, x, weight, dy), dbias]
+
+
+def lora(kernels: Kernels, x, weight, a, b, scale):
+    return _lora(kernels, "lora_linear", x, weight, a, b, scale)
+
+
+def lora_bias(kernels: Kernels, x, weight, a, b, bias, scale):
+    return _lora(kernels, "lora_linear_bias", x, weight, a, b, scale, bias)
+
+
+def _lora(kernels: Kernels, name, x, weight, a, b, scale, *bias, noise=SILENCE):
+    to = [(*x.shape[:-1], weight.shape[0]), (rows_of(x), a.shape[0])]
+    y, hidden = kernels.compute(name, x, weight, a, b, scale, noise, *bias, to=to)
+    dy = cotangent(y.shape)
+    inputs = (x, weight, a, b, scale, noise, hidden, dy)
+    dx, da, db = kernels.compute("lora_linear_grad", *inputs, to=[x.shape, a.shape, b.shape])
+    dweight = kernels.one("linear_grad_weight", x, dy, to=weight.shape)
+    return [y, dx, dweight, da, db, *(kernels.one("sum_rows", dy, to=one.shape) for one in bias)]
+
+
+def attention(kernels: Kernels, q, k, v, settings):
+    return _attention(kernels, "attention", q, k, v, settings)
+
+
+def masked_attention(kernels: Kernels, q, k, v, mask, settings):
+    return _attention(kernels, "masked_attention", q, k, v, mask, settings)
+
+
+def _attention(kernels: Kernels, name, *inputs, noise=SILENCE):
+    q, k, v = inputs[:3]
+    inputs = (*inputs, noise)
+    batch, heads, length, _ = q.shape
+    to = [(batch, length, heads * v.shape[-1]), (batch, heads, length)]
+    out, logs = kernels.compute(name, *inputs, to=to)
+    dout = cotangent(out.shape)
+    gradients = kernels.compute(f"{name}_grad", *inputs, out, logs, dout, to=[q.shape, k.shape, v.shape])
+    return [out, *gradients]
+
+
+def lora_with_dropout(kernels: Kernels, noise, *inputs):
+    return _lora(kernels, "lora_linear", *inputs, noise=noise)
+
+
+def attention_with_dropout(kernels: Kernels, noise, *inputs):
+    return _attention(kernels, "masked_attention", *inputs, noise=noise)
+
+
+def rms_norm(kernels: Kernels, x, weight, eps):
+    y, scale = kernels.compute("rms_norm", x, weight, eps, to=[x.shape, (rows_of(x),)])
+    dy = cotangent(y.shape)
+    dx = kernels.one("rms_norm_grad", x, weight, scale, dy, to=x.shape)
+    return [y, dx, kernels.one("rms_norm_grad_weight", x, scale, dy, to=weight.shape)]
+
+
+def layer_norm(kernels: Kernels, x, weight, bias, eps):
+    to = [x.shape, (rows_of(x),), (rows_of(x),)]
+    y, mean, scale = kernels.compute("layer_norm", x, weight, bias, eps, to=to)
+    dy = cotangent(y.shape)
+    dx = kernels.one("layer_norm_grad", x, weight, mean, scale, dy, to=x.shape)
+    dweight = kernels.one("layer_norm_grad_weight", x, mean, scale, dy, to=weight.shape)
+    return [y, dx, dweight, kernels.one("sum_rows", dy, to=bias.shape)]
+
+
+def activation(name: str):
+    def family(kernels: Kernels, x):
+        return [
+            kernels.one(name, x, to=x.shape),
+            kernels.one(f"{name}_grad", x, cotangent(x.shape), to=x.shape),
+        ]
+
+    return family
+
+
+def gate(name: str):
+    def family(kernels: Kernels, x, up):
+        dy = cotangent(x.shape)
+        gradients = kernels.compute(f"{name}_gate_grad", x, up, dy, to=[x.shape, x.shape])
+        return [kernels.one(f"{name}_gate", x, up, to=x.shape), *gradients]
+
+    return family
+
+
+def split_heads(kernels: Kernels, x, heads):
+    apart = _apart(x, heads)
+    return [
+        kernels.one("split_heads", x, to=apart),
+        kernels.one("merge_heads", cotangent(apart), to=x.shape),
+    ]
+
+
+def merge_heads(kernels: Kernels, x):
+    batch, heads, length, size = x.shape
+    joined = (batch, length, heads * size)
+    return [
+        kernels.one("merge_heads", x, to=joined),
+        kernels.one("split_heads", cotangent(joined), to=x.shape),
+    ]
+
+
+def rotary(name: str):
+    def family(kernels: Kernels, x, cos, sin, heads):
+        apart = _apart(x, heads)
+        return [
+            kernels.one(name, x, cos, sin, to=apart),
+            kernels.one(f"{name}_grad", cotangent(apart), cos, sin, to=x.shape),
+        ]
+
+    return family
+
+
+def _apart(x, heads) -> Shape:
+    return x.shape[0], int(heads), x.shape[1], x.shape[2] // int(heads)
+
+
+def loss(kernels: Kernels, hidden, weight, labels):
+    inputs = (hidden, weight, labels)
+    value, dhidden = kernels.compute("projected_cross_entropy", *inputs, to=[(1,), hidden.shape])
+    dweight = kernels.one("projected_cross_entropy_grad_weight", *inputs, to=weight.shape)
+    return [value, *(gradient * cotangent((1,)) for gradient in (dhidden, dweight))]
+
+
+_by_name = (linear, linear_bias, lora, lora_bias, attention, masked_attention, rms_norm, layer_norm, loss)
+FAMILIES = {
+    **{family.__name__: family for family in (*_by_name, split_heads, merge_heads)},
+    **{name: activation(name) for name in ("gelu", "tanh_gelu", "silu")},
+    **{f"{name}_gate": gate(name) for name in ("gelu", "tanh_gelu", "silu")},
+    **{name: rotary(name) for name in ("split_and_turn", "split_and_turn_neighbours")},
+}

@@ -1,0 +1,156 @@
+"""Attention in blocks against torch: masks of all kinds, rows that see nothing, bad numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from mindspore import Tensor
+
+from mindpeft.ops.cpu.attention import AttentionKernel, MaskedAttentionKernel
+from tests.ops.cpu.cases import LOWEST, MASKS, Case, Random, numbers, some
+from tests.ops.cpu.cells import assert_equals_torch
+from tests.ops.cpu.expected import error, expectation, worst
+from tests.ops.cpu.native import SILENCE
+
+SIZE, VALUE_SIZE = 5, 3
+
+
+def case_of(length: int, keys: int, mask: np.ndarray | None = None, cap: float = 0.0) -> Case:
+    """Two heads of queries for one of keys."""
+    random = Random(4)
+    inputs = (
+        random.normal(2, 2, length, SIZE),
+        random.normal(2, 1, keys, SIZE),
+        random.normal(2, 1, keys, VALUE_SIZE),
+    )
+    settings = numbers(0.5, cap)
+    if mask is None:
+        return Case("attention", inputs, (settings,))
+    return Case("masked_attention", inputs, (mask.astype(np.float32), settings))
+
+
+def assert_as_torch(kernels, case: Case) -> None:
+    assert error(case.run(kernels), expectation(case)) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["attention", "masked_attention"])
+def test_equals_torch(kernels, family, seed):
+    assert worst(kernels, some(family, 60, seed)) < 1e-5
+
+
+@pytest.mark.parametrize("cap", [0.0, 2.0])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("length", [1, 7])
+def test_cells(length, masked, cap):
+    mask = MASKS["some"](Random(0), (2, 1, length, 17)) if masked else None
+    case = case_of(length, 17, mask, cap)
+    cell = (MaskedAttentionKernel if masked else AttentionKernel)(0.5, cap)
+    more = [Tensor(case.fixed[0])] if masked else []
+    more.append(Tensor(SILENCE))
+    assert_equals_torch(lambda *inputs: cell(*inputs, *more)[0], case)
+
+
+def test_cell_of_no_text():
+    case = case_of(7, 17)
+    case = Case("attention", tuple(value[:0] for value in case.inputs), case.fixed)
+    cell = AttentionKernel(0.5, 0.0)
+    assert_equals_torch(lambda *inputs: cell(*inputs, Tensor(SILENCE))[0], case)
+
+
+@pytest.mark.parametrize("cap", [1.0, 30.0, 1e3, 1e6])
+@pytest.mark.parametrize("length", [1, 65])
+def test_bounds_far_above_the_scores_cost_no_digits(kernels, length, cap):
+    assert_as_torch(kernels, case_of(length, 300, cap=cap))
+
+
+@pytest.mark.parametrize("hidden", [LOWEST, -np.inf])
+@pytest.mark.parametrize("keys", [1, 7, 256, 600])
+@pytest.mark.parametrize("length", [1, 7, 65])
+def test_a_row_that_sees_nothing_weighs_all_keys_alike(kernels, length, keys, hidden):
+    """By -inf too, where torch gives NaN; the other rows stay what they are."""
+    mask = np.zeros((2, 1, length, keys), np.float32)
+    mask[0, 0, length // 2] = hidden
+    case = case_of(length, keys, mask)
+    out, dq, _, _ = case.run(kernels)
+    evenly = np.tile(case.inputs[2][0, 0].mean(0), 2)
+    np.testing.assert_allclose(out[0, length // 2], evenly, atol=2e-6)
+    if keys == 600:  # the row alone: no key is seen less than another
+        assert np.isfinite(dq).all()
+    mask[0, 0, length // 2] = LOWEST
+    expected = expectation(case_of(length, keys, mask))
+    assert error(case.run(kernels), expected) < 1e-5
+
+
+@pytest.mark.parametrize("length", [1, 65])
+def test_a_row_hidden_twice_weighs_alike_what_is_hidden_once(kernels, length):
+    """Two masks added up are -inf where both hide; the keys that one hides are hidden least."""
+    mask = np.full((2, 1, length, 600), LOWEST)
+    mask[:, :, :, 100:590] = -np.inf
+    assert_as_torch(kernels, case_of(length, 600, mask))
+
+
+@pytest.mark.parametrize("seen", [0, 255, 256, 599])
+@pytest.mark.parametrize("length", [1, 7, 130])
+def test_one_key_of_many_blocks_is_seen(kernels, length, seen):
+    mask = np.full((1, 1, 1, 600), LOWEST)
+    mask[..., seen] = 0
+    assert_as_torch(kernels, case_of(length, 600, mask))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize(("length", "keys"), [(1, 1), (1, 300), (65, 1), (65, 300)])
+def test_one_bad_number_goes_where_it_goes_in_torch(kernels, length, keys, place, value):
+    case = case_of(length, keys)
+    if place < 2:  # infinite scores of one sign, which are not a number either
+        for array in case.inputs[:2]:
+            np.abs(array, out=array)
+    case.inputs[place][0, 0, min(5, case.inputs[place].shape[2] - 1), 1] = value
+    assert_as_torch(kernels, case)
+
+
+@pytest.mark.parametrize("key", [5, 280])
+@pytest.mark.parametrize("length", [1, 65])
+def test_nan_in_a_mask_reaches_its_rows(kernels, length, key):
+    """In a block that is hidden otherwise too."""
+    mask = np.zeros((2, 1, 1, 300), np.float32)
+    mask[..., :256] = LOWEST
+    mask[1, ..., key] = np.nan
+    assert_as_torch(kernels, case_of(length, 300, mask))
+
+
+def test_a_query_that_is_not_a_number_reaches_hidden_keys(kernels):
+    """As in torch: its weights are NaN for them, too."""
+    mask = np.where(np.arange(600) < 20, 0, LOWEST).reshape((1, 1, 1, 600))
+    case = case_of(65, 600, mask)
+    case.inputs[0][0, 0, 5, 1] = np.nan
+    assert_as_torch(kernels, case)
+
+
+@pytest.mark.parametrize("length", [1, 65])
+def test_blocks_that_nobody_sees_may_hold_anything(kernels, length):
+    """A cache's unused places: nothing is computed for them, where torch would give 0 NaN."""
+    mask = np.where(np.arange(600) < 20, 0, LOWEST).reshape((1, 1, 1, 600))
+    case = case_of(length, 600, mask)
+    expected = expectation(case)
+    case.inputs[2][:, :, 256:] = np.nan
+    assert error(case.run(kernels)[:1], expected[:1]) < 1e-5
+
+
+@pytest.mark.parametrize("cap", [0.0, 2.0])
+@pytest.mark.parametrize("length", [1, 7, 65, 257])
+def test_one_key(kernels, length, cap):
+    """It is all there is to see, whatever its score: queries and key get no gradient but rounding."""
+    case = case_of(length, 1, cap=cap)
+    out, dq, dk, dv = case.run(kernels)
+    wanted, _, _, wanted_dv = expectation(case)
+    assert error([out, dv], [wanted, wanted_dv]) < 1e-5
+    assert max(np.abs(dq).max(), np.abs(dk).max()) < 1e-5
+
+
+def test_scores_of_any_size(kernels):
+    """The largest is subtracted before the exponential."""
+    case = case_of(65, 300)
+    case.inputs[0][:] *= 100
+    out, *_ = case.run(kernels)
+    assert error([out], expectation(case)[:1]) < 1e-4  # scores of 1000 are good to 1e-4

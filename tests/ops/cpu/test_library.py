@@ -1,0 +1,91 @@
+"""Which build is found, and what is said where there is none."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mindpeft.ops.cpu import library as module
+from mindpeft.ops.cpu.library import LEVELS, Library, rows_of
+
+search = module.library.__wrapped__  # what is found is kept for a process
+BUILT = Path(module.library().path or "")
+ALL_FEATURES = {name: True for needed in LEVELS.values() for name in needed}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A place of no builds, in which they are looked for, on a processor that has everything."""
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "library.py"))
+    monkeypatch.setattr(module, "_processor_features", lambda: ALL_FEATURES)
+    return tmp_path
+
+
+def test_the_build_in_use():
+    found = module.library()
+    assert found.level in LEVELS
+    assert found.path.endswith(f"kernels_{found.level}.so")
+    assert found.describe() in (
+        f"mindpeft's kernels for {found.level}, oneDNN's products",
+        f"mindpeft's kernels for {found.level}, plain products",
+    )
+
+
+def test_none_were_built(folder, caplog):
+    with caplog.at_level(logging.WARNING):
+        found = search()
+    assert found.path is None
+    assert "none were built" in found.reason
+    assert found.describe() == f"MindSpore's own operators ({found.reason})"
+    assert "CPU kernels are not in use: none were built" in caplog.text
+
+
+def test_a_build_that_cannot_be_loaded_is_passed_over(folder):
+    (folder / "kernels_avx512.so").write_bytes(b"no library at all")
+    assert "kernels_avx512.so can't be loaded" in search().reason
+    shutil.copy(BUILT, folder / "kernels_plain.so")
+    assert search().level == "plain"
+
+
+def test_a_build_is_for_processors_that_have_its_units(folder, monkeypatch):
+    for level in LEVELS:
+        shutil.copy(BUILT, folder / f"kernels_{level}.so")
+    for level, missing in (("avx2", "AVX512BW"), ("plain", "FMA3")):
+        features = {**ALL_FEATURES, "AVX512F": level != "plain", missing: False}
+        monkeypatch.setattr(module, "_processor_features", lambda features=features: features)
+        assert search().level == level
+
+
+def test_the_build_for_avx2_has_no_instruction_of_avx512():
+    """All builds are compiled of the same files, side by side: none may get what was compiled for another."""
+    build, tool = BUILT.with_name("kernels_avx2.so"), shutil.which("objdump")
+    if tool is None or not build.is_file():
+        pytest.skip("objdump or the build for AVX2 is absent here")
+    code = subprocess.run([tool, "-d", str(build)], capture_output=True, text=True, check=True).stdout
+    assert "%ymm" in code
+    assert "%zmm" not in code
+
+
+def test_the_switch(monkeypatch, caplog):
+    monkeypatch.setenv(module.SWITCH, "0")
+    assert search() == Library(None, reason="MINDPEFT_CPU_KERNELS=0")
+    assert not caplog.text  # who asked for it need not be told
+
+
+def test_rows():
+    assert [rows_of(shape) for shape in ([5], [2, 3, 5], [0, 5])] == [1, 6, 0]
+
+
+@pytest.mark.slow
+def test_models_run_without_kernels():
+    """The operators' own tests, in a process that has none."""
+    root = Path(__file__).resolve().parents[3]
+    command = [sys.executable, "-m", "pytest", "-q", "tests/ops", f"--ignore={Path(__file__).parent}"]
+    environment = {**os.environ, module.SWITCH: "0"}
+    subprocess.run(command, check=True, cwd=root, env=environment, timeout=600)

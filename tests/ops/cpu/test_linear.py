@@ -1,0 +1,93 @@
+"""Dense products, with LoRA and without, against torch."""
+
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor
+
+from mindpeft.ops.cpu.linear import LinearBiasKernel, LinearKernel, LoraBiasKernel, LoraKernel
+from tests.ops.cotangent import on_bfloat16_grid
+from tests.ops.cpu import native
+from tests.ops.cpu.cases import Case, Random, numbers, some
+from tests.ops.cpu.cells import assert_equals_torch
+from tests.ops.cpu.expected import error, expectation, worst
+
+FAMILIES = ["linear", "linear_bias", "lora", "lora_bias"]
+CELLS = {
+    "linear": LinearKernel,
+    "linear_bias": LinearBiasKernel,
+    "lora": LoraKernel,
+    "lora_bias": LoraBiasKernel,
+}
+IN, OUT, RANK = 17, 33, 3
+
+
+def inputs_of(family: str, lead: tuple[int, ...], random: Random) -> Case:
+    """A case of given rows."""
+    inputs = [random.normal(*lead, IN), random.normal(OUT, IN)]
+    if family.startswith("lora"):
+        inputs += [random.normal(RANK, IN), random.normal(OUT, RANK)]
+    if family.endswith("bias"):
+        inputs.append(random.normal(OUT))
+    return Case(family, tuple(inputs), (numbers(0.5),) if family.startswith("lora") else ())
+
+
+@pytest.mark.parametrize("kind", ["", " bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_torch(kernels, family, kind, seed):
+    assert worst(kernels, some(family + kind, 30, seed)) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cells(family):
+    cell = CELLS[family]()
+
+    def call(*inputs):
+        if not family.startswith("lora"):
+            return cell(*inputs)
+        return cell(*inputs[:4], Tensor([0.5], ms.float32), Tensor(native.SILENCE), *inputs[4:])[0]
+
+    assert_equals_torch(call, inputs_of(family, (2, 6), Random(0)))
+    assert_equals_torch(call, inputs_of(family, (0,), Random(0)))
+
+
+def test_bfloat16_weight_of_a_cell():
+    """A trained one gets its gradient in bfloat16, so the tolerance is that of its eight bits."""
+    cell = LinearBiasKernel()
+    case = some("linear_bias bfloat16", 3, 7)[2]
+    assert_equals_torch(lambda x, w, bias: cell(x, w.astype(ms.bfloat16), bias), case, 2**-8)
+
+
+@pytest.mark.parametrize(("rows", "tolerance"), [(8, 1e-5), (9, 2**-7)])
+def test_numbers_beside_a_bfloat16_weight_are_rounded_from_nine_rows_on(kernels, rows, tolerance):
+    case = inputs_of("linear", (rows,), Random(3))
+    weight = on_bfloat16_grid(case.inputs[1])
+    case = Case("linear", (case.inputs[0], weight), bfloat16=True)
+    found, expected = case.run(kernels)[:1], expectation(case)[:1]
+    assert error(found, expected) < tolerance
+    assert (error(found, expected) < 1e-5) == (rows == 8)
+
+
+def test_rounding_is_to_the_nearest_even_bfloat16(kernels):
+    """A product with 1 gives each number as it was rounded, NaN and infinity as they are."""
+    half = 2.0**-8  # of the last place of bfloat16 at 1
+    values = numbers(7, 1, 1 + half, 1 + 3 * half, 1 + half * 1.01, -1 - half, 3.4e38, np.inf, -np.inf)
+    expected = numbers(7, 1, 1, 1 + 4 * half, 1 + 2 * half, -1, np.inf, np.inf, -np.inf)
+    one = native.to_bfloat16(np.ones((1, 1), np.float32))
+    found = kernels.one("linear", values[:, None], one, to=(9, 1))[:, 0]
+    np.testing.assert_array_equal(found, expected)
+    assert np.isnan(kernels.one("linear", np.full((9, 1), np.nan, np.float32), one, to=(9, 1))).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("rows", [1, 8, 20])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_bad_number_goes_where_it_goes_in_torch(kernels, family, rows, value):
+    case = inputs_of(family, (rows,), Random(1))
+    for place in range(len(case.inputs)):
+        inputs = [array.copy() for array in case.inputs]
+        inputs[place].flat[min(inputs[place].size - 1, 5)] = value
+        bad = Case(family, tuple(inputs), case.fixed)
+        assert error(bad.run(kernels), expectation(bad)) < 1e-5, place
