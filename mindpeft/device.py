@@ -95,6 +95,8 @@ def device_report() -> dict[str, Any]:
     """What a bug report should say about this machine: versions, devices present and in use, threads."""
     import numpy
 
+    from mindpeft.ops.cpu.library import library
+
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -105,4 +107,5 @@ def device_report() -> dict[str, Any]:
         "mode": "graph" if ms.get_context("mode") == ms.GRAPH_MODE else "pynative",
         "cpu_count": os.cpu_count(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+        "cpu_operators": library().describe(),
     }

@@ -9,6 +9,8 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from mindpeft.errors import InputError, did_you_mean
+from mindpeft.ops.cpu import kernels_on
+from mindpeft.ops.cpu.adamw import AdamWKernel
 from mindpeft.train.optim import AdamW, flatten
 from mindpeft.tuners.hooks import TrainingHook, gradient_slices
 
@@ -97,7 +99,18 @@ class TrainStep(nn.Cell):
         self.hooks = nn.CellList(list(hooks), auto_prefix=False)
         places = {id(parameter): index for index, parameter in enumerate(optimizer.parameters)}
         self.watched = tuple(tuple(places[id(parameter)] for parameter in hook.watched) for hook in hooks)
+        self.kernel = self.update_kernel()
         self.loss_and_gradients = ms.value_and_grad(self.loss, None, weights=optimizer.parameters)
+
+    def update_kernel(self) -> nn.Cell | None:
+        """Clipping and AdamW in one operator, where nothing else works on gradients or parameters."""
+        optimizer = self.optimizer
+        floats = all(parameter.dtype == ms.float32 for parameter in optimizer.parameters)
+        alone = type(optimizer) is AdamW and not self.accumulates and len(self.hooks) == 0
+        if not (kernels_on() and floats and alone):
+            return None
+        betas = (optimizer.beta1, optimizer.beta2)
+        return AdamWKernel(betas, optimizer.eps, self.max_grad_norm, optimizer.decays, optimizer.rates)
 
     def loss(self, *columns: Tensor) -> Tensor:
         loss = self.model(*_arrange(columns, self.positions))[0].astype(ms.float32)
@@ -128,6 +141,11 @@ class TrainStep(nn.Cell):
             clipping (0 without an update).
         """
         loss, gradients = self.loss_and_gradients(*columns)
+        if self.kernel is not None:
+            moments = (self.optimizer.exp_avg, self.optimizer.exp_avg_sq)
+            scalars = (learning_rate, step_size, root_scale)
+            norm = self.kernel(gradients, self.optimizer.parameters, moments, scalars)
+            return loss, norm.reshape(())
         gradient = flatten(gradients)
         if not self.accumulates:
             return loss, self.apply(gradient, step, learning_rate, step_size, root_scale)

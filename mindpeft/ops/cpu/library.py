@@ -53,9 +53,8 @@ class Library(NamedTuple):
 @functools.cache
 def library() -> Library:
     """Look for the build that suits this machine, once for a process."""
-    if os.environ.get(SWITCH, "1") == "0":
-        return Library(None, reason=f"{SWITCH}=0")
-    found = _load()
+    off = os.environ.get(SWITCH, "1") == "0"
+    found = Library(None, reason=f"{SWITCH}=0") if off else _load()
     if found.path is None:
         _log.warning("CPU kernels are not in use: %s; the same is computed slower", found.reason)
     return found

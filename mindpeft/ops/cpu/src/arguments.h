@@ -14,11 +14,14 @@ using bfloat16 = uint16_t;  // the upper half of a float
 class Arguments {
  public:
   Arguments(int count, void** data, const int* ranks, int64_t** shapes, const char** types)
-      : data_(data), ranks_(ranks), shapes_(shapes), types_(types) {
+      : count_(count), data_(data), ranks_(ranks), shapes_(shapes), types_(types) {
     for (int tensor = 0; tensor < count; ++tensor) {
       use_large_pages(data[tensor], size(tensor) * (is_bfloat16(tensor) ? 2 : 4));
     }
   }
+
+  // How many tensors there are.
+  int count() const { return count_; }
 
   template <typename T = float>
   T* at(int tensor) const {
@@ -45,6 +48,7 @@ class Arguments {
   bool is_bfloat16(int tensor) const { return std::strcmp(types_[tensor], "bfloat16") == 0; }
 
  private:
+  int count_;
   void** data_;
   const int* ranks_;
   int64_t** shapes_;

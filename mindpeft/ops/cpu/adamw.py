@@ -1,0 +1,51 @@
+"""AdamW over all trained parameters at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mindspore import Tensor
+
+from mindpeft.ops.cpu.library import Kernel, kernel, setting
+
+
+class AdamWKernel(Kernel):
+    """Clips gradients and updates parameters and moments in place; returns the gradients' norm, (1,).
+
+    MindSpore does not know that the kernel writes: one operator stands for some ten of each parameter, which
+    take most of a training step's compilation. It may be used where nothing but forward and backward pass
+    reads the parameters, since it waits for all gradients.
+
+    Args:
+        betas, eps: of AdamW.
+        max_grad_norm: global norm to clip to, 0 for no clipping.
+        decays: for each parameter.
+        rates: for each parameter, the factor of its learning rate.
+    """
+
+    def __init__(
+        self,
+        betas: tuple[float, float],
+        eps: float,
+        max_grad_norm: float,
+        decays: Sequence[float],
+        rates: Sequence[float],
+    ):
+        super().__init__()
+        self.settings = setting(*betas, eps, max_grad_norm, *decays, *rates)
+        self.forward = kernel("adamw", lambda *_: (1,))
+
+    def construct(
+        self,
+        gradients: tuple[Tensor, ...],
+        parameters: tuple[Tensor, ...],
+        moments: tuple[Tensor, Tensor],
+        scalars: tuple[Tensor, Tensor, Tensor],
+    ) -> Tensor:
+        """
+        Args:
+            gradients, parameters: in the order of ``decays``.
+            moments: flat, over all parameters.
+            scalars: learning rate, step size and root scale of `mindpeft.train.optim.AdamW.scalars`.
+        """
+        return self.forward(*gradients, *parameters, *moments, *scalars, self.settings)
