@@ -19,6 +19,7 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from mindpeft.errors import InputError
+from mindpeft.ops.cpu.library import without_kernels
 from mindpeft.targets import pattern_value
 from mindpeft.tuners.adapter import Part
 from mindpeft.tuners.base import Tensors
@@ -86,7 +87,8 @@ def initialize_lora_eva_weights(
     for part in parts:
         cells = {path: bank.base.cells[path] for path, kind in part.plan.classes.items() if _has_inputs(kind)}
         survey = Survey(lambda batch: run(model, batch), cells, part.plan.config)
-        with bank.disabled(), _graphless(model):
+        # A kernel for the cell and its LoRA would not call the cell, on which the survey listens.
+        with bank.disabled(), _graphless(model), without_kernels(model):
             ranks, factors = survey.run(dataloader)
         _install(model, adapter_name, part, ranks, factors)
 

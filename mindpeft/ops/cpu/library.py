@@ -99,6 +99,10 @@ def _load_products() -> None:
 class Kernel(nn.Cell):
     """What all Cells of kernels share; a Cell that chooses holds one as its child, or None."""
 
+    def __deepcopy__(self, memo: dict) -> Kernel:
+        """They hold nothing that changes, and MindSpore can't copy operators of this kind."""
+        return self
+
 
 @contextmanager
 def without_kernels(model: nn.Cell) -> Iterator[None]:
