@@ -31,7 +31,7 @@ class SplitAndMerge(nn.Cell):
 
     def __init__(self):
         super().__init__()
-        self.split, self.merge = SplitHeads(12), MergeHeads()
+        self.split, self.merge = SplitHeads(12), MergeHeads(12)
 
     def construct(self, x):
         return self.merge(self.split(x))

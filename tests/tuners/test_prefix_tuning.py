@@ -138,7 +138,11 @@ def test_grouped_heads(mode, masked, repeated):
     table = random.normal(size=(count, layers * 2 * heads * size)).astype(np.float32)
     encoder.fill({"prompt_embeddings": table}, frozenset())
     encoder.set_scaling(1.0)
-    cells = [PrefixAttention(Attention(), f"a{i}", {}, ms.float32, 0, encoder) for i in range(layers)]
+    attentions = [Attention(heads * repeated, size) for _ in range(layers)]
+    cells = [
+        PrefixAttention(attention, f"a{i}", {}, ms.float32, 0, encoder)
+        for i, attention in enumerate(attentions)
+    ]
     query, key, value = (
         random.normal(size=(2, heads * repeated, 4, size)).astype(np.float32) for _ in range(3)
     )
@@ -152,7 +156,7 @@ def test_grouped_heads(mode, masked, repeated):
         ]
         added = None if mask is None else torch.cat((torch.zeros(2, 1, 4, count), torch.tensor(mask)), -1)
         expected = torch.nn.functional.scaled_dot_product_attention(torch.tensor(query), *whole, added)
-        np.testing.assert_allclose(found.asnumpy(), expected.numpy(), atol=5e-6)
+        np.testing.assert_allclose(found.asnumpy(), expected.transpose(1, 2).flatten(2).numpy(), atol=5e-6)
 
 
 def test_sizes_of_grouped_heads():
