@@ -254,6 +254,49 @@ EXACT: dict[str, Maker] = {
 ALL = {**EXACT, "loss bfloat16": loss(True)}  # its logits' gradients are rounded to bfloat16 on the way
 
 
+def noisy(random: Random) -> np.ndarray:
+    share = random.pick((0.1, 0.5))
+    return numbers(share, 1 / (1 - share), *random.normal(2))
+
+
+def lora_with_dropout(random: Random) -> Iterator[Case]:
+    for case in product("lora")(random):
+        yield Case("lora_with_dropout", (noisy(random), *case.inputs), case.fixed)
+
+
+def attention_with_dropout(random: Random) -> Iterator[Case]:
+    for case in masked_attention(random):
+        yield Case("attention_with_dropout", (noisy(random), *case.inputs), case.fixed)
+
+
+def cached_attention(random: Random) -> Iterator[Case]:
+    """One token or more behind some that are in the caches already."""
+    while True:
+        length, before, room = random.pick((1, 3)), random.pick((0, 5, 300)), random.pick((310, 513))
+        q, k, v = qkv(random, 2, random.pick((1, 3)), random.pick((1, 2)), length, length)
+        caches = [random.normal(2 * k.shape[1] * room, value.shape[-1]) for value in (k, v)]
+        mask = np.where(np.arange(room) > before + np.arange(length)[:, None], LOWEST, 0)[None, None]
+        place = np.array([before], np.int32)
+        fixed = (mask.astype(np.float32), settings(random, q.shape[-1]), *caches, place)
+        yield Case("cached_attention", (q, k, v), fixed)
+
+
+def adamw(random: Random) -> Iterator[Case]:
+    while True:
+        shapes = [random.pick(((3,), (130, 257), (1,), (0, 5))) for _ in range(random.pick((1, 4)))]
+        gradients, parameters = ([random.normal(*shape) for shape in shapes] for _ in range(2))
+        moments = [np.abs(random.normal(sum(value.size for value in parameters))) for _ in range(2)]
+        scalars = [np.array(value, np.float32) for value in (1e-3, 2e-3, 3.0)]
+        options = numbers(0.9, 0.99, 1e-8, 1.0, *random.normal(2 * len(shapes)))
+        yield Case("adamw", (*gradients, *parameters, *moments, *scalars, options))
+
+
+# Those whose expectation is worked out in their own tests.
+OTHERS: dict[str, Maker] = {
+    family.__name__: family for family in (lora_with_dropout, attention_with_dropout, cached_attention, adamw)
+}
+
+
 def large() -> list[Case]:
     """One of each way to share the work, large enough for 64 threads."""
     random = Random(11)
@@ -289,5 +332,5 @@ def large() -> list[Case]:
 
 
 def some(name: str, count: int, seed: int = 0) -> list[Case]:
-    """``count`` cases of a name of ``ALL``."""
-    return list(itertools.islice(ALL[name](Random(seed)), count))
+    """``count`` cases of a name of ``ALL`` or ``OTHERS``."""
+    return list(itertools.islice((ALL | OTHERS)[name](Random(seed)), count))

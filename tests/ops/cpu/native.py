@@ -209,9 +209,30 @@ def loss(kernels: Kernels, hidden, weight, labels):
     return [value, *(gradient * cotangent((1,)) for gradient in (dhidden, dweight))]
 
 
+def cached_attention(kernels: Kernels, q, k, v, mask, settings, keys, values, place):
+    """What tokens see in the caches, and the caches afterwards; ``place`` is None for the first tokens."""
+    keys, values = keys.copy(), values.copy()
+    name = "attention_beginning_cache" if place is None else "attention_with_cache"
+    out = np.empty((q.shape[0], q.shape[2], q.shape[1] * v.shape[-1]), np.float32)
+    rest = [] if place is None else [place]
+    kernels.call(name, q, k, v, mask, settings, SILENCE, keys, values, *rest, out)
+    return [out, keys, values]
+
+
+def adamw(kernels: Kernels, *tensors):
+    """Gradients, parameters, both moments, then scalars and settings -> what has changed, and the norm."""
+    count = (len(tensors) - 6) // 2
+    changed = [value.copy() for value in tensors[count : 2 * count + 2]]
+    norm = np.zeros(1, np.float32)
+    kernels.call("adamw", *tensors[:count], *changed, *tensors[2 * count + 2 :], norm)
+    return [*changed, norm]
+
+
 _by_name = (linear, linear_bias, lora, lora_bias, attention, masked_attention, rms_norm, layer_norm, loss)
 FAMILIES = {
     **{family.__name__: family for family in (*_by_name, split_heads, merge_heads)},
+    **{family.__name__: family for family in (cached_attention, adamw)},
+    **{family.__name__: family for family in (lora_with_dropout, attention_with_dropout)},
     **{name: activation(name) for name in ("gelu", "tanh_gelu", "silu")},
     **{f"{name}_gate": gate(name) for name in ("gelu", "tanh_gelu", "silu")},
     **{name: rotary(name) for name in ("split_and_turn", "split_and_turn_neighbours")},

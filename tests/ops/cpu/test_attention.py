@@ -154,3 +154,44 @@ def test_scores_of_any_size(kernels):
     case.inputs[0][:] *= 100
     out, *_ = case.run(kernels)
     assert error([out], expectation(case)[:1]) < 1e-4  # scores of 1000 are good to 1e-4
+
+
+def test_later_tokens_see_what_the_cache_holds(kernels):
+    for case in some("cached_attention", 12):
+        q, k, v = case.inputs
+        mask, settings, keys, values, place = case.fixed
+        out, new_keys, new_values = case.run(kernels)
+        heads, room, length = k.shape[0] * k.shape[1], mask.shape[-1], k.shape[2]
+        held = []
+        for cache, fresh, written in ((keys, k, new_keys), (values, v, new_values)):
+            expected = cache.reshape(heads, room, -1).copy()
+            expected[:, place[0] : place[0] + length] = fresh.reshape(heads, length, -1)
+            np.testing.assert_array_equal(written.reshape(expected.shape), expected)
+            held.append(expected.reshape(*k.shape[:2], room, -1))
+        seen = Case("masked_attention", (q, *held), (mask, settings))
+        assert error([out], expectation(seen)[:1]) < 1e-5
+
+
+@pytest.mark.parametrize("room", [7, 20])
+def test_first_tokens_see_each_other_and_begin_the_cache(kernels, room):
+    case = case_of(7, 7, np.where(np.tri(7) > 0, 0, LOWEST)[None, None])
+    caches = [np.full((2 * room, size), 9, np.float32) for size in (SIZE, VALUE_SIZE)]
+    cached = Case("cached_attention", case.inputs, (*case.fixed, *caches, None))
+    out, keys, values = cached.run(kernels)
+    assert error([out], expectation(case)[:1]) < 1e-5
+    for written, fresh in ((keys, case.inputs[1]), (values, case.inputs[2])):
+        apart = written.reshape(2, room, -1)
+        np.testing.assert_array_equal(apart[:, :7], fresh[:, 0])
+        assert (apart[:, 7:] == 9).all()
+
+
+def test_a_full_cache_is_not_written_beyond(kernels):
+    """Three tokens where one fits: the others are left out, and no other head's row is touched."""
+    case = case_of(3, 3, np.zeros((1, 1, 3, 5), np.float32))
+    caches = [np.full((10, size), 9, np.float32) for size in (SIZE, VALUE_SIZE)]
+    fixed = (*case.fixed, *caches, np.array([4], np.int32))
+    _, keys, values = Case("cached_attention", case.inputs, fixed).run(kernels)
+    for written, fresh in ((keys, case.inputs[1]), (values, case.inputs[2])):
+        apart = written.reshape(2, 5, -1)
+        np.testing.assert_array_equal(apart[:, 4], fresh[:, 0, 0])
+        assert (apart[:, :4] == 9).all()
