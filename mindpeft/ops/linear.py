@@ -44,4 +44,6 @@ class Product(nn.Cell):
         """The arguments are those of `linear`."""
         if self.kernel is None or x.dtype != ms.float32 or weight.dtype not in WEIGHT_TYPES:
             return linear(x, weight, bias)
-        return self.kernel(x, weight) if bias is None else self.bias_kernel(x, weight, bias)
+        if bias is None:
+            return self.kernel(x, weight)
+        return self.bias_kernel(x, weight, bias.astype(ms.float32))

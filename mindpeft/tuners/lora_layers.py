@@ -161,7 +161,9 @@ class LoraLinear(LoraLayer):
         base, a, b = self.base_layer, self.lora_A.weight, self.lora_B.weight
         if base.bias is None:
             return self.kernel(x, base.weight, a, b, self.scaling, self.noise())[0]
-        return self.kernel(x, base.weight, a, b, self.scaling, self.noise(), base.bias)[0]
+        return self.kernel(x, base.weight, a, b, self.scaling, self.noise(), ops.cast(base.bias, ms.float32))[
+            0
+        ]
 
     def is_joined(self, x: ms.Tensor) -> bool:
         """Whether one kernel does it all; a constant of the graph."""

@@ -8,6 +8,7 @@ import pytest
 from mindspore import Tensor
 
 from mindpeft.ops.cpu.linear import LinearBiasKernel, LinearKernel, LoraBiasKernel, LoraKernel
+from mindpeft.ops.linear import Product
 from tests.ops.cotangent import on_bfloat16_grid
 from tests.ops.cpu import native
 from tests.ops.cpu.cases import Case, Random, numbers, some
@@ -58,6 +59,14 @@ def test_bfloat16_weight_of_a_cell():
     cell = LinearBiasKernel()
     case = some("linear_bias bfloat16", 3, 7)[2]
     assert_equals_torch(lambda x, w, bias: cell(x, w.astype(ms.bfloat16), bias), case, 2**-8)
+
+
+def test_a_bias_of_another_precision_is_widened():
+    case = inputs_of("linear_bias", (2, 3), Random(5))
+    x, weight, bias = (on_bfloat16_grid(value) for value in case.inputs)
+    found = Product()(Tensor(x), Tensor(weight).astype(ms.bfloat16), Tensor(bias).astype(ms.bfloat16))
+    expected = expectation(Case("linear_bias", (x, weight, bias)))[:1]
+    assert error([found.asnumpy()], expected) < 1e-5
 
 
 @pytest.mark.parametrize(("rows", "tolerance"), [(8, 1e-5), (9, 2**-7)])

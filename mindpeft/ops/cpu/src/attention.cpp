@@ -7,8 +7,7 @@
 //
 // A mask hides a key by a number so low that a score added to it makes no difference. A row all of whose keys
 // are hidden then weighs those alike that are hidden least, as the composition of plain operators does; where
-// all are hidden by -infinity, all keys. Where a whole block is hidden
-// for a few queries, nothing is computed for it.
+// all are hidden by -infinity, all keys. Where a whole block is hidden for a few queries, nothing is computed for it.
 #include <algorithm>
 #include <cmath>
 
@@ -203,7 +202,7 @@ bool attend(const Problem& problem, Block block, bool skip, float* out, int64_t 
   return blind;
 }
 
-// A single query: the products are of one row, and a key's head is read once for all its queries.
+// A single query, as when a text is written: products of one row, of the keys alone that it sees.
 void attend_with_one(const Problem& problem, int64_t text, int64_t head, float* out, float* logs) {
   float* scores = mindpeft::scratch(0, problem.keys);
   const float *query = problem.queries(text, head, 0), *keys = problem.keys_of(text, head, 0);
