@@ -18,6 +18,7 @@ from mindpeft.convert.writer import save_checkpoint
 from mindpeft.errors import InputError, did_you_mean
 from mindpeft.models.config import PretrainedConfig, read_config
 from mindpeft.nn import LayerNorm, RMSNorm
+from mindpeft.precision import set_precision
 
 DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
 
@@ -63,7 +64,8 @@ class PreTrainedModel(nn.Cell):
         Args:
             folder: holds config.json and model.safetensors, pytorch_model.bin, or their shards.
             dtype: of the parameters: ``float32``, ``float16``, ``bfloat16``, or ``auto`` for the one that
-                config.json names.
+                config.json names. On the CPU ``bfloat16`` is for matrices alone: see
+                `mindpeft.precision.set_precision`.
             ignore_mismatched_sizes: initialise a tensor of another shape afresh instead of refusing it.
             overrides: keys of the configuration, such as ``num_labels=77``.
 
@@ -77,14 +79,14 @@ class PreTrainedModel(nn.Cell):
         config = cls.config_class.from_dict(values, name_or_path=str(folder), **overrides)
         with open_checkpoint(folder) as checkpoint:
             model = cls(config)
-            names = parameter_places(model)
+            rename = hf_renamer(parameter_places(model), cls.base_model_prefix)
+            set_precision(model, _dtype(dtype, values), set(map(rename, checkpoint.names())))
             report = load_weights(
                 model,
                 checkpoint,
-                rename=hf_renamer(names, cls.base_model_prefix),
+                rename=rename,
                 ignore_unexpected=cls.ignored_on_load,
                 ignore_mismatched_sizes=ignore_mismatched_sizes,
-                dtype=_dtype(dtype, values),
             )
         model.init_weights({*report.newly_initialised, *report.misshapen})
         model.load_report = report

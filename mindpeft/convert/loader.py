@@ -99,7 +99,7 @@ def load_weights(
     _check_dtypes(checkpoint, chosen, places)
 
     if dtype is not None:
-        _set_float_dtype(places, dtype)
+        set_float_dtype(places, dtype)
     done: set[int] = set()
     for name, source in chosen.items():
         if id(places[name]) not in done:
@@ -196,7 +196,8 @@ def _check_dtypes(checkpoint: Checkpoint, chosen: dict[str, str], places: dict[s
             )
 
 
-def _set_float_dtype(places: dict[str, ms.Parameter], dtype: Any) -> None:
+def set_float_dtype(places: dict[str, ms.Parameter], dtype: Any) -> None:
+    """Give those parameters that hold floating-point numbers another dtype."""
     target = dtype_name(dtype)
     for parameter in places.values():
         own = dtype_name(parameter.dtype)

@@ -12,7 +12,8 @@ from mindspore import Tensor, nn, ops
 from mindpeft.errors import InputError
 from mindpeft.nn.cache import LayerCache
 from mindpeft.nn.decoder import DecoderAttention
-from mindpeft.ops.attention import FLOATS, Attention
+from mindpeft.ops.attention import Attention
+from mindpeft.precision import computing_dtype
 
 _LEAST_BUCKET = 16
 _WASTE = 4  # a prompt may be padded to that many times its length before new graphs are compiled
@@ -79,7 +80,7 @@ class Session:
         self.model, self.rows, self.prompt, self.room = model, rows, prompt, room
         self.virtual = virtual_tokens(model)
         self.attentions = attentions_of(model)
-        self.dtype = next(p.dtype for p in model.get_parameters() if p.dtype in FLOATS)
+        self.dtype = computing_dtype(model)
         self.caches = nn.CellList(auto_prefix=False)
         for number, attention in enumerate(self.attentions):
             shape = (rows, attention.key_heads, room, attention.head_size)

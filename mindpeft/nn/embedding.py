@@ -7,6 +7,7 @@ import mindspore.nn as nn
 from mindspore import Tensor, ops
 
 from mindpeft.nn.parameter import empty_parameter
+from mindpeft.ops.embedding import Lookup
 
 
 class _HoldBack(nn.Cell):
@@ -44,8 +45,9 @@ class Embedding(nn.Cell):
         self.embedding_dim = embedding_dim
         self.padding_idx = padding_idx
         self.weight = empty_parameter((num_embeddings, embedding_dim), dtype)
+        self.look_up = Lookup()
         self.hold_back = None if padding_idx is None else _HoldBack(padding_idx)
 
     def construct(self, ids: Tensor) -> Tensor:
-        rows = ops.gather(self.weight, ids, 0)
+        rows = self.look_up(self.weight, ids)
         return rows if self.hold_back is None else self.hold_back(rows, ids)

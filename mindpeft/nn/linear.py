@@ -43,5 +43,6 @@ class Conv1D(nn.Cell):
         self.bias_add = ops.BiasAdd()
 
     def construct(self, x: Tensor) -> Tensor:
-        rows = self.bias_add(self.matmul(x.reshape((-1, self.in_features)), self.weight), self.bias)
+        rows = self.matmul(x.reshape((-1, self.in_features)), self.weight.astype(x.dtype))
+        rows = self.bias_add(rows, self.bias.astype(x.dtype))
         return rows.reshape((*x.shape[:-1], self.out_features))

@@ -18,17 +18,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Args:
         x: (..., in).
-        weight: (out, in), as in PyTorch.
-        bias: (out,) or None.
+        weight: (out, in), as in PyTorch; of another precision than x it is cast to that of x.
+        bias: (out,) or None; the same.
 
     Returns:
         Tensor of shape (..., out).
     """
     # Rows are folded into one axis: BiasAdd wants (N, C), and a plain `+` would broadcast, which on the CPU
     # keeps four times the size of its output for the life of the graph.
-    rows = _matmul(x.reshape((-1, x.shape[-1])), weight)
+    rows = _matmul(x.reshape((-1, x.shape[-1])), weight.astype(x.dtype))
     if bias is not None:
-        rows = _bias_add(rows, bias)
+        rows = _bias_add(rows, bias.astype(x.dtype))
     return rows.reshape((*x.shape[:-1], weight.shape[0]))
 
 

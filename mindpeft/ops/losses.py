@@ -77,7 +77,7 @@ class ProjectedCrossEntropy(nn.Cell):
         labels = labels.reshape((-1,)).astype(ms.int32)
         if self.kernel is not None and rows.dtype == ms.float32 and weight.dtype in WEIGHT_TYPES:
             return self.kernel(rows, weight, labels)[0].reshape(())
-        return self.parts(rows, weight, labels)[0]
+        return self.parts(rows, weight.astype(rows.dtype), labels)[0]
 
 
 class _LossAndGradient(nn.Cell):

@@ -11,6 +11,7 @@ from mindspore import nn
 from mindpeft.config import PeftConfig
 from mindpeft.errors import InputError, did_you_mean
 from mindpeft.parameters import Place
+from mindpeft.precision import widen
 from mindpeft.tuners.adapter import Adapter, Part
 from mindpeft.tuners.base import Slot, Tensors
 from mindpeft.tuners.file_tensors import files_of, values_of
@@ -266,11 +267,10 @@ class AdapterBank:
             trains = id(seat.part) in trainable
             slot.fill(tensors, slot.trained(seat.site, tensors) if trains else frozenset())
             stale |= slot.configure(seat.part.plan.config, trains)
-        if stale:
+        if stale | self._mark_trained(adapters):
             forget_compiled_graphs()
         self._scale(on=True)
         self._override(adapters)
-        self._mark_trained(adapters)
 
     def _give_roles(self, adapters: list[Adapter]) -> bool:
         """Let slots take in those of earlier parts of the same adapter; return whether graphs are stale."""
@@ -301,11 +301,14 @@ class AdapterBank:
         for key in self.own if keys is None else keys:
             self.base.places[key].write(values.get(key, self.own[key]))
 
-    def _mark_trained(self, adapters: list[Adapter]) -> None:
+    def _mark_trained(self, adapters: list[Adapter]) -> bool:
+        """Thaw base parameters that adapters train; return whether one has another dtype now."""
         trained = set().union(*(adapter.trained for adapter in adapters if adapter.trainable))
         for key in self.own:
             place = self.base.places[key]
             place.parameter.requires_grad = key in trained and not place.is_statistic
+        changed = [widen(self.base.places[key].parameter) for key in trained & self.own.keys()]
+        return any(changed)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

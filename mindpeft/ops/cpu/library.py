@@ -34,19 +34,23 @@ class Library(NamedTuple):
         path: of the shared library; None if there is none.
         level: of the processor, a key of ``LEVELS``.
         products: whether MindSpore's library of matrix products was found, which the kernels call.
+        bfloat16: whether it has fast ones of bfloat16 for this processor; else such weights are widened, some
+            at a time.
         reason: why there is none.
     """
 
     path: str | None
     level: str = ""
     products: bool = False
+    bfloat16: bool = False
     reason: str = ""
 
     def describe(self) -> str:
         """One line for people."""
         if self.path is None:
             return f"MindSpore's own operators ({self.reason})"
-        products = "oneDNN's products" if self.products else "plain products"
+        kinds = "of float32 and bfloat16" if self.bfloat16 else "of float32"
+        products = f"oneDNN's products {kinds}" if self.products else "plain products"
         return f"mindpeft's kernels for {self.level}, {products}"
 
 
@@ -78,7 +82,8 @@ def _load() -> Library:
         except OSError as error:
             reason = f"{path.name} can't be loaded: {error}"
             continue
-        return Library(str(path), level, bool(loaded.has_fast_products()))
+        found = loaded.has_fast_products(), loaded.has_fast_bfloat16_products()
+        return Library(str(path), level, *map(bool, found))
     return Library(None, reason=reason)
 
 

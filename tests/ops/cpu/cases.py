@@ -23,13 +23,14 @@ class Case(NamedTuple):
     family: str
     inputs: tuple[np.ndarray, ...]
     fixed: tuple[np.ndarray, ...] = ()
-    bfloat16: bool = False  # hand over the weight, the second input, in bfloat16
+    bfloat16: bool = False  # hand over the weight, the second input or the only one, in bfloat16
 
     def run(self, kernels: native.Kernels) -> list[np.ndarray]:
         """Value and gradients by our kernels."""
         inputs = list(self.inputs)
         if self.bfloat16:
-            inputs[1] = native.to_bfloat16(inputs[1])
+            place = min(1, len(inputs) - 1)
+            inputs[place] = native.to_bfloat16(inputs[place])
         return native.FAMILIES[self.family](kernels, *inputs, *self.fixed)
 
     def __str__(self) -> str:
@@ -230,6 +231,16 @@ def loss(bfloat16: bool = False) -> Maker:
     return make
 
 
+def embedding(bfloat16: bool = False) -> Maker:
+    def make(random: Random) -> Iterator[Case]:
+        while True:
+            weight = random.normal(random.pick(SIZES), random.pick(SIZES))
+            ids = random.generator.integers(0, len(weight), random.lead()).astype(np.int32)
+            yield Case("embedding", (on_bfloat16_grid(weight),), (ids,), bfloat16)
+
+    return make
+
+
 EXACT: dict[str, Maker] = {
     "linear": product("linear"),
     "linear_bias": product("linear_bias"),
@@ -250,6 +261,8 @@ EXACT: dict[str, Maker] = {
     "split_and_turn": rotary("split_and_turn"),
     "split_and_turn_neighbours": rotary("split_and_turn_neighbours"),
     "loss": loss(),
+    "embedding": embedding(),
+    "embedding bfloat16": embedding(True),
 }
 ALL = {**EXACT, "loss bfloat16": loss(True)}  # its logits' gradients are rounded to bfloat16 on the way
 
@@ -328,6 +341,7 @@ def large() -> list[Case]:
             (*tables(random, 2, 1, 1500, 64), np.array(3)),
         ),
         Case("loss", (x, weight), (labels,)),
+        Case("embedding", (wide,), (random.generator.integers(0, 3000, 1300).astype(np.int32),)),
     ]
 
 

@@ -122,8 +122,12 @@ def loss(hidden, weight, labels):
     return (total / max(1, counted.sum())).reshape(1)
 
 
+def embedding(weight, ids):
+    return F.embedding(ids, weight)
+
+
 _by_name = (linear, lora, lora_bias, attention, masked_attention, rms_norm, layer_norm, loss, split_heads)
-_by_name = (*_by_name, merge_heads, split_and_turn, split_and_turn_neighbours)
+_by_name = (*_by_name, embedding, merge_heads, split_and_turn, split_and_turn_neighbours)
 FAMILIES = {
     **{family.__name__: family for family in _by_name},
     "linear_bias": linear,

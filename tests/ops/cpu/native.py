@@ -209,6 +209,11 @@ def loss(kernels: Kernels, hidden, weight, labels):
     return [value, *(gradient * cotangent((1,)) for gradient in (dhidden, dweight))]
 
 
+def embedding(kernels: Kernels, weight, ids):
+    rows = kernels.one("embedding", ids, weight, to=(*ids.shape, weight.shape[1]))
+    return [rows, kernels.one("embedding_grad", ids, weight, cotangent(rows.shape), to=weight.shape)]
+
+
 def cached_attention(kernels: Kernels, q, k, v, mask, settings, keys, values, place):
     """What tokens see in the caches, and the caches afterwards; ``place`` is None for the first tokens."""
     keys, values = keys.copy(), values.copy()
@@ -230,7 +235,7 @@ def adamw(kernels: Kernels, *tensors):
 
 _by_name = (linear, linear_bias, lora, lora_bias, attention, masked_attention, rms_norm, layer_norm, loss)
 FAMILIES = {
-    **{family.__name__: family for family in (*_by_name, split_heads, merge_heads)},
+    **{family.__name__: family for family in (*_by_name, split_heads, merge_heads, embedding)},
     **{family.__name__: family for family in (cached_attention, adamw)},
     **{family.__name__: family for family in (lora_with_dropout, attention_with_dropout)},
     **{name: activation(name) for name in ("gelu", "tanh_gelu", "silu")},

@@ -32,7 +32,8 @@ def test_the_build_in_use():
     assert found.level in LEVELS
     assert found.path.endswith(f"kernels_{found.level}.so")
     assert found.describe() in (
-        f"mindpeft's kernels for {found.level}, oneDNN's products",
+        f"mindpeft's kernels for {found.level}, oneDNN's products of float32",
+        f"mindpeft's kernels for {found.level}, oneDNN's products of float32 and bfloat16",
         f"mindpeft's kernels for {found.level}, plain products",
     )
 

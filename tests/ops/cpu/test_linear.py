@@ -76,7 +76,8 @@ def test_numbers_beside_a_bfloat16_weight_are_rounded_from_nine_rows_on(kernels,
     case = Case("linear", (case.inputs[0], weight), bfloat16=True)
     found, expected = case.run(kernels)[:1], expectation(case)[:1]
     assert error(found, expected) < tolerance
-    assert (error(found, expected) < 1e-5) == (rows == 8)
+    rounds = bool(kernels.library.has_fast_bfloat16_products())
+    assert (error(found, expected) < 1e-5) == (rows == 8 or not rounds)
 
 
 def test_rounding_is_to_the_nearest_even_bfloat16(kernels):

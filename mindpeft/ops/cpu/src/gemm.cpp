@@ -19,15 +19,30 @@ using FloatProduct = int (*)(char, char, int64_t, int64_t, int64_t, float, const
 using BfloatProduct = int (*)(char, char, int64_t, int64_t, int64_t, float, const bfloat16*, int64_t,
                               const bfloat16*, int64_t, float, float*, int64_t, void*);
 
+// Elsewhere oneDNN emulates products of bfloat16s, at less than half the speed of those of floats, or has none.
+bool multiplies_bfloats() {
+#ifdef __AVX512F__
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 struct Products {
   FloatProduct floats = nullptr;
-  BfloatProduct bfloats = nullptr;
+  BfloatProduct bfloats = nullptr;  // only where it is fast
 
   Products() {
     void* library = dlopen("libdnnl.so.3", RTLD_NOW | RTLD_NOLOAD);
     if (library == nullptr) return;
     floats = reinterpret_cast<FloatProduct>(dlsym(library, "dnnl_threadpool_interop_sgemm"));
+    if (!multiplies_bfloats()) return;
     bfloats = reinterpret_cast<BfloatProduct>(dlsym(library, "dnnl_threadpool_interop_gemm_bf16bf16f32"));
+    const bfloat16 one = narrow(1.0f);
+    float product = 0;
+    if (bfloats != nullptr && bfloats('N', 'N', 1, 1, 1, 1, &one, 1, &one, 1, 0, &product, 1, nullptr) != 0) {
+      bfloats = nullptr;
+    }
   }
 };
 
@@ -120,11 +135,10 @@ void few_rows(int64_t m, int64_t n, int64_t k, float scale, const float* x, int6
   });
 }
 
-// Where no library was found: a plain product over blocks that stay in the cache.
+// Where no library was found: a plain product of floats over blocks that stay in the cache.
 float element(const Matrix& matrix, int64_t row, int64_t column) {
   const int64_t place = matrix.transposed ? column * matrix.stride + row : row * matrix.stride + column;
-  return matrix.bfloat ? widen(static_cast<const bfloat16*>(matrix.data)[place])
-                       : static_cast<const float*>(matrix.data)[place];
+  return static_cast<const float*>(matrix.data)[place];
 }
 
 void plain_product(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Matrix b, float keep, float* c,
@@ -173,7 +187,7 @@ void split_product(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Matri
   }
 }
 
-// Whether the library was found and has done it: it has no product of bfloat16s for some processors.
+// Whether the library was found and has done it.
 bool fast_product(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Matrix b, float keep, float* c,
                   int64_t stride) {
   const auto call = [&](auto function, auto* type) {
@@ -185,6 +199,46 @@ bool fast_product(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Matrix
   };
   return a.bfloat ? call(products().bfloats, static_cast<bfloat16*>(nullptr))
                   : call(products().floats, static_cast<float*>(nullptr));
+}
+
+// a rounded to bfloat16s, times b of the same.
+void rounded_product(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Matrix b, float keep, float* c,
+                     int64_t stride) {
+  const int64_t rows = a.transposed ? k : m, columns = a.transposed ? m : k;
+  const Shared memory((rows * columns + 1) / 2);
+  auto* rounded = reinterpret_cast<bfloat16*>(memory.data());
+  const float* x = static_cast<const float*>(a.data);
+  in_parallel(rows, 16384 / std::max<int64_t>(columns, 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t j = 0; j < columns; ++j) rounded[i * columns + j] = narrow(x[i * a.stride + j]);
+    }
+  });
+  split_product(m, n, k, scale, Matrix(rounded, columns, a.transposed, true), b, keep, c, stride);
+}
+
+// a times b of bfloat16s, which become floats some rows (as they lie in memory) at a time.
+void widened_product(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Matrix b, float keep, float* c,
+                     int64_t stride) {
+  const int64_t rows = b.transposed ? n : k, columns = b.transposed ? k : n;
+  const int64_t some = std::min(rows, (1 << 20) / std::max<int64_t>(columns, 1) + 64);
+  const Shared memory(some * columns);
+  const auto* numbers = static_cast<const bfloat16*>(b.data);
+  int64_t first = 0;
+  do {
+    const int64_t count = std::min(some, rows - first);
+    in_parallel(count, 16384 / std::max<int64_t>(columns, 1) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        for (int64_t j = 0; j < columns; ++j) memory.data()[i * columns + j] = widen(numbers[(first + i) * b.stride + j]);
+      }
+    });
+    const Matrix piece(memory.data(), columns, b.transposed);
+    if (b.transposed) {
+      split_product(m, count, k, scale, a, piece, keep, c + first, stride);
+    } else {
+      split_product(m, n, count, scale, from(a, 0, first), piece, first == 0 ? keep : 1.0f, c, stride);
+    }
+    first += count;
+  } while (first < rows);
 }
 
 }  // namespace
@@ -209,25 +263,17 @@ void multiply_in_parallel(int64_t m, int64_t n, int64_t k, float scale, Matrix a
     }
     return;
   }
-  if (b.bfloat && !a.bfloat) {
-    const int64_t rows = a.transposed ? k : m, columns = a.transposed ? m : k;
-    const Shared memory((rows * columns + 1) / 2);
-    auto* rounded = reinterpret_cast<bfloat16*>(memory.data());
-    const float* x = static_cast<const float*>(a.data);
-    in_parallel(rows, 16384 / std::max<int64_t>(columns, 1) + 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        for (int64_t j = 0; j < columns; ++j) rounded[i * columns + j] = narrow(x[i * a.stride + j]);
-      }
-    });
-    split_product(m, n, k, scale, Matrix(rounded, columns, a.transposed, true), b, keep, c, stride);
-    return;
-  }
-  split_product(m, n, k, scale, a, b, keep, c, stride);
+  const auto product = !b.bfloat ? split_product : products().bfloats ? rounded_product : widened_product;
+  product(m, n, k, scale, a, b, keep, c, stride);
 }
 
 }  // namespace mindpeft
 
-// Whether MindSpore's library of products was found.
+// Whether MindSpore's library of products was found, and has fast ones of bfloat16s.
 extern "C" __attribute__((visibility("default"))) int has_fast_products() {
   return mindpeft::products().floats != nullptr;
+}
+
+extern "C" __attribute__((visibility("default"))) int has_fast_bfloat16_products() {
+  return mindpeft::products().bfloats != nullptr;
 }

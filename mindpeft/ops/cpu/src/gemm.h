@@ -20,13 +20,12 @@ struct Matrix {
       : data(data), stride(stride), transposed(transposed), bfloat(bfloat) {}
 };
 
-// c (m, n) = scale a (m, k) b (k, n) + keep c, on this thread alone. If one of a and b holds bfloat16s, so
-// must the other.
+// c (m, n) = scale a (m, k) b (k, n) + keep c, for floats, on this thread alone.
 void multiply(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Matrix b, float keep, float* c,
               int64_t stride);
 
-// The same on all threads, for matrices of any kinds: if b alone holds bfloat16s, a is rounded to them. Few
-// rows and a transposed b (as in a step that writes one token) are read at the speed of the memory.
+// The same on all threads. b may hold bfloat16s: where products of those are fast, a is rounded to them. Few rows
+// and a transposed b (as in a step that writes one token) are read at the speed of the memory.
 void multiply_in_parallel(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Matrix b, float keep,
                           float* c, int64_t stride);
 

@@ -1,0 +1,61 @@
+"""In which precision a model's numbers are kept, and in which it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import mindspore as ms
+from mindspore import Parameter, nn
+
+from mindpeft.convert.loader import parameter_places, set_float_dtype
+from mindpeft.nn import Conv1D, Embedding, Linear
+from mindpeft.ops.attention import FLOATS
+from mindpeft.ops.device import on_cpu
+
+_MATRIX_CELLS = (Linear, Conv1D, Embedding)
+
+
+def set_precision(model: nn.Cell, dtype: ms.Type, held: Collection[str]) -> None:
+    """Give a model's parameters the dtypes for a checkpoint that is about to be loaded.
+
+    All of them get ``dtype``; but on the CPU, which has no arithmetic of bfloat16, that is a way to store
+    matrices alone: what passes between the layers, norms, biases and what the checkpoint does not hold (a
+    fresh head) are float32 there.
+
+    Args:
+        model: with no values yet.
+        held: the parameters that the checkpoint holds, by their places in the model.
+    """
+    places = parameter_places(model)
+    if not needs_widening(dtype):
+        set_float_dtype(places, dtype)
+        return
+    matrices = _matrices(model)
+    narrow = {name: place for name, place in places.items() if name in held and id(place) in matrices}
+    kept = {id(place) for place in narrow.values()}
+    set_float_dtype(narrow, dtype)
+    set_float_dtype({name: place for name, place in places.items() if id(place) not in kept}, ms.float32)
+
+
+def _matrices(model: nn.Cell) -> set[int]:
+    cells = (cell for _, cell in model.cells_and_names() if isinstance(cell, _MATRIX_CELLS))
+    return {id(cell.weight) for cell in cells}
+
+
+def computing_dtype(model: nn.Cell) -> ms.Type:
+    """The dtype of what passes between a model's layers."""
+    dtype = next(parameter.dtype for parameter in model.get_parameters() if parameter.dtype in FLOATS)
+    return ms.float32 if needs_widening(dtype) else dtype
+
+
+def needs_widening(dtype: ms.Type) -> bool:
+    """Whether the device keeps numbers of a dtype without computing in it."""
+    return on_cpu() and dtype == ms.bfloat16
+
+
+def widen(parameter: Parameter) -> bool:
+    """Keep a parameter in float32 if the device can't compute in its dtype; return whether it has changed."""
+    if not needs_widening(parameter.dtype):
+        return False
+    parameter.set_dtype(ms.float32)
+    return True
