@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import mindspore as ms
 import numpy as np
-from mindspore import nn, ops
+from mindspore import nn
 
 # MindSpore's classic cells name parameters differently from torch.
 CLASSIC_NAMES = {
@@ -27,7 +27,9 @@ def assign(parameter: ms.Parameter, value: np.ndarray) -> None:
 
     In place: a compiled ``mindspore.jit`` function never sees what ``set_data`` puts there.
     """
-    ops.assign(parameter, ms.Tensor(value).astype(parameter.dtype))
+    # Not `ops.assign`, which takes no bfloat16 on the CPU.
+    parameter.copy_(ms.Tensor(value).astype(parameter.dtype))
+    ms.runtime.synchronize()  # or tensors wait in line for their copy, each in memory
 
 
 @dataclass(frozen=True)

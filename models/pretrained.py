@@ -141,13 +141,15 @@ class PreTrainedModel(nn.Cell):
         self.config.save_pretrained(folder)
 
     def _note_dtype(self, written: ms.Type | None) -> None:
-        """Let the configuration name the dtype of the file: the one asked for, or the widest parameter's."""
+        """Let the configuration name the dtype of the file: the one asked for, or that of most numbers."""
         if written is None:
-            held = {parameter.dtype for parameter in self.get_parameters()}
-            written = next(dtype for dtype in DTYPES.values() if dtype in held)
+            written = max(DTYPES.values(), key=self._numbers_of)
         name = next(name for name, dtype in DTYPES.items() if dtype == written)
         keys = self.config.extra.keys() & {"dtype", "torch_dtype"} or {"dtype"}
         self.config.extra.update(dict.fromkeys(keys, name))
+
+    def _numbers_of(self, dtype: ms.Type) -> int:
+        return sum(parameter.size for parameter in self.get_parameters() if parameter.dtype == dtype)
 
 
 def _dtype(name: str, config: dict[str, Any]) -> ms.Type:
