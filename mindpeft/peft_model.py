@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mindspore import nn
 
 from mindpeft import adapter_files
+from mindpeft.compiling import CompiledCell
 from mindpeft.config import PeftConfig
 from mindpeft.errors import InputError
 from mindpeft.status import AdapterReports
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from mindpeft.tuners.adapter_fusion import AdapterFusionConfig
 
 
-class PeftModel(AdapterReports, nn.Cell):
+class PeftModel(AdapterReports, CompiledCell):
     """A model with adapters; make it with ``get_peft_model`` or ``PeftModel.from_pretrained``.
 
     It is called like the model inside, and passes attributes it doesn't have on to it (``model.config``). The

@@ -6,10 +6,10 @@ import os
 from typing import Any, ClassVar
 
 import mindspore as ms
-import mindspore.nn as nn
 import numpy as np
 from mindspore import Tensor
 
+from mindpeft.compiling import CompiledCell
 from mindpeft.console import logger
 from mindpeft.convert.checkpoint import open_checkpoint
 from mindpeft.convert.loader import LoadReport, hf_renamer, load_weights, parameter_places
@@ -23,7 +23,7 @@ from mindpeft.precision import set_precision
 DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
 
 
-class PreTrainedModel(nn.Cell):
+class PreTrainedModel(CompiledCell):
     """A backbone or a backbone with a head, whose parameters carry the names of its Hugging Face checkpoint.
 
     Attributes:

@@ -9,6 +9,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from mindpeft.compiling import CompiledCell
 from mindpeft.errors import InputError
 from mindpeft.nn.cache import LayerCache
 from mindpeft.nn.decoder import DecoderAttention
@@ -27,7 +28,7 @@ def bucket(length: int) -> int:
     return size if length <= size else -(-length // 128) * 128
 
 
-class _Step(nn.Cell):
+class _Step(CompiledCell):
     """The model with caches around it; what it returns is the last token's."""
 
     def __init__(self, model: nn.Cell, caches: nn.CellList):
@@ -94,13 +95,13 @@ class Session:
     def attached(self) -> Iterator[None]:
         """The attentions keep what they see in this session's caches."""
         for attention, cache in zip(self.attentions, self.caches, strict=True):
-            object.__setattr__(attention, "cache", cache)  # not a child: it belongs to the session
+            attention.attend_over(cache)
             cache.kernel = self.kernel_of(attention)
         try:
             yield
         finally:
             for attention in self.attentions:
-                object.__setattr__(attention, "cache", None)
+                attention.attend_over(None)
 
     def kernel_of(self, attention: DecoderAttention) -> nn.Cell | None:
         """What attends in the cache by itself; None where an adapter stands around the attention."""

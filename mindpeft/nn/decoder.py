@@ -118,6 +118,15 @@ class DecoderAttention(nn.Cell):
         )
         self.cache: LayerCache | None = None
 
+    def attend_over(self, cache: LayerCache | None) -> None:
+        """Keep a cache from now on, or none; a child meanwhile, so that equal layers can share a graph."""
+        vars(self).pop("cache", None)
+        self._cells.pop("cache", None)
+        if cache is None:
+            self.cache = None
+        else:
+            self._cells["cache"] = cache  # an assignment would rename its parameters
+
     def add_projections(self, spec: DecoderSpec) -> None:
         """Create the weights that `projected` and `output` use."""
         queries, keys = spec.heads * spec.head_size, spec.key_heads * spec.head_size
