@@ -35,13 +35,15 @@ class DropoutKernel(Kernel):
 
     def __init__(self):
         super().__init__()
-        self.forward = kernel("dropout", lambda x, _: x)
+        backward = kernel("dropout", lambda x, _: x)
+
+        def gradients(x, noise, out, dout):
+            return backward(dout, noise), ops.zeros_like(noise)
+
+        self.forward = kernel("dropout", lambda x, _: x, gradients=gradients)
 
     def construct(self, x, noise):
         return self.forward(x, noise)
-
-    def bprop(self, x, noise, out, dout):
-        return self.forward(dout, noise), ops.zeros_like(noise)
 
 
 class FastDropout(nn.Cell):
