@@ -74,10 +74,10 @@ class MaskRules(Kernel):
     """Describes a mask, so that there is no number for each pair of tokens: (1 or batch, 5 or 5 + keys).
 
     Args:
-        causal: a query sees no key behind it, and of the keys before it those of its own sample; one without a
-            sample sees all of them.
+        causal: a query sees no key behind it, and of the others those of its own sample; a query without a
+            sample sees them all.
         window: how many keys it sees, itself included; None for all. For causal masks.
-        alibi: a key's place, counted over the keys of samples, is added to the scores, times the head's slope.
+        alibi: a key's place, counted over the keys of samples, adds to its scores times the head's slope.
     """
 
     def __init__(self, causal: bool, window: int | None = None, alibi: bool = False):
