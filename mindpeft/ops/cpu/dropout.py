@@ -7,6 +7,7 @@ import mindspore.nn as nn
 from mindspore import Tensor, ops
 
 from mindpeft.ops.cpu.library import Kernel, kernel, setting
+from mindpeft.ops.random import standard_normal
 
 NO_NOISE = (0.0, 1.0, 0.0, 0.0)
 
@@ -21,7 +22,7 @@ class Noise(nn.Cell):
         super().__init__()
         self.p = p
         self.share, self.silence = setting(p, 1.0 / (1.0 - p) if p < 1.0 else 0.0), setting(*NO_NOISE)
-        self.normal = ops.StandardNormal()
+        self.normal = standard_normal()
         self.concat = ops.Concat(0)
 
     def construct(self) -> Tensor:
