@@ -6,8 +6,10 @@ from typing import Any
 
 import mindspore as ms
 import mindspore.nn as nn
+from mindspore import ops
 
 from mindpeft.compiled import forget_compiled_graphs
+from mindpeft.console import logger
 from mindpeft.errors import InputError
 
 
@@ -24,13 +26,21 @@ class CheckpointingStack(nn.Cell):
 
     def called(self, layer: nn.Cell, *arguments: Any) -> Any:
         """What a layer gives; runs inside a graph."""
-        if self.checkpointing and self.training:
+        if self.checkpointing and self.training and _in_graph_mode():
             return ms.recompute(layer, *arguments)
         return layer(*arguments)
 
 
+@ops.constexpr
+def _in_graph_mode() -> bool:
+    """Elsewhere a layer would be computed again with other random numbers."""
+    return ms.get_context("mode") == ms.GRAPH_MODE
+
+
 def set_checkpointing(model: nn.Cell, on: bool) -> None:
     """Let a model's layers be computed again in the backward pass, or keep what it needs of them.
+
+    In PyNative mode it has no effect, and a warning says so.
 
     Raises:
         InputError: the model has no such layers.
@@ -38,6 +48,8 @@ def set_checkpointing(model: nn.Cell, on: bool) -> None:
     stacks = stacks_of(model)
     if not stacks:
         raise InputError(f"{type(model).__name__} has no layers for gradient checkpointing")
+    if on and not ms.get_context("mode") == ms.GRAPH_MODE:
+        logger.warning("gradient checkpointing has no effect in PyNative mode")
     if any(stack.checkpointing != on for stack in stacks):
         for stack in stacks:
             stack.checkpointing = on

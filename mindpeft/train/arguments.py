@@ -192,6 +192,8 @@ class TrainingArguments:
     def _check_combinations(self) -> None:
         if self.optim == "lorafa" and self.loraplus_lr_ratio is not None:
             raise InputError("loraplus_lr_ratio is for optim=adamw: LoRA-FA trains only B")
+        if self.gradient_checkpointing and not self.jit:
+            raise InputError("gradient_checkpointing needs jit: layers are computed again in a graph alone")
         if self.load_best_model_at_end:
             if self.eval_strategy == "no":
                 raise InputError(
