@@ -48,7 +48,7 @@ def set_checkpointing(model: nn.Cell, on: bool) -> None:
     stacks = stacks_of(model)
     if not stacks:
         raise InputError(f"{type(model).__name__} has no layers for gradient checkpointing")
-    if on and not ms.get_context("mode") == ms.GRAPH_MODE:
+    if on and ms.get_context("mode") != ms.GRAPH_MODE:
         logger.warning("gradient checkpointing has no effect in PyNative mode")
     if any(stack.checkpointing != on for stack in stacks):
         for stack in stacks:

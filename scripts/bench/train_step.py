@@ -35,34 +35,37 @@ QWEN = {
 
 
 class Shape(NamedTuple):
-    """What is trained: batch, length, the Auto class, and LoRA's task and targets."""
+    """What is trained: batch, length, the Auto class, LoRA's task and targets, with gradient checkpointing."""
 
     rows: int
     length: int
     auto: str
     task: str
     targets: list[str] | str
+    checkpointing: bool = False
 
 
 _CLASSIFIER = ("AutoModelForSequenceClassification", "SEQ_CLS", ["query", "value"])
+_WRITER = ("AutoModelForCausalLM", "CAUSAL_LM", "all-linear")
 SHAPES = {
     "bert-base": Shape(8, 128, *_CLASSIFIER),
     "minilm": Shape(32, 64, *_CLASSIFIER),
-    "qwen2.5-0.5b": Shape(2, 512, "AutoModelForCausalLM", "CAUSAL_LM", "all-linear"),
+    "qwen2.5-0.5b": Shape(2, 512, *_WRITER),
+    "qwen2.5-0.5b-long": Shape(1, 2048, *_WRITER, checkpointing=True),
 }
 
 
 def batch(shape: str) -> dict[str, np.ndarray]:
     """The batch that both sides train on, over and over."""
     rng = np.random.default_rng(0)
-    rows, length, _, task, _ = SHAPES[shape]
+    rows, length, _, task, _, _ = SHAPES[shape]
     ids = rng.integers(1000, VOCABULARY, (rows, length))
     labels = rng.integers(0, 2, rows) if task == "SEQ_CLS" else ids
     return {"input_ids": ids, "attention_mask": np.ones((rows, length), np.int64), "labels": labels}
 
 
 def lora_arguments(shape: str) -> dict:
-    _, _, _, task, targets = SHAPES[shape]
+    _, _, _, task, targets, _ = SHAPES[shape]
     return {"task_type": task, "r": 8, "lora_alpha": 16, "target_modules": targets}
 
 
@@ -83,6 +86,9 @@ def torch_step(folder: str, shape: str):
     auto = getattr(transformers, SHAPES[shape].auto)
     model = auto.from_pretrained(folder, dtype=torch.float32, **no_dropout(config))
     model = get_peft_model(model, LoraConfig(**lora_arguments(shape)))
+    if SHAPES[shape].checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4)
@@ -114,6 +120,8 @@ def mindpeft_step(folder: str, shape: str):
     model = get_peft_model(
         auto.from_pretrained(folder, **no_dropout(config)), LoraConfig(**lora_arguments(shape))
     )
+    if SHAPES[shape].checkpointing:
+        model.gradient_checkpointing_enable()
     model.set_train()
     columns = batch(shape)
     optimizer = AdamW(model, weight_decay=0.01)
@@ -150,9 +158,10 @@ def compare(shape: str, steps: int, threads: int) -> None:
         ours, peer = alternate(
             [__file__, "--side", "mindpeft", *common], [__file__, "--side", "torch", *common], steps, threads
         )
-    rows, length, _, _, targets = SHAPES[shape]
+    rows, length, _, _, targets, checkpointing = SHAPES[shape]
     print(
         f"\n{shape}, batch {rows} x {length}, LoRA r=8 on {targets}, fp32, {threads} threads, {steps} steps"
+        + (", gradient checkpointing" if checkpointing else "")
     )
     print(f"{'':24}{'mindpeft':>12}{'torch + peft':>14}{'ratio':>8}")
     for label, key in (
