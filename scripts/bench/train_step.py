@@ -35,7 +35,7 @@ QWEN = {
 
 
 class Shape(NamedTuple):
-    """What is trained: batch, length, the Auto class, LoRA's task and targets, with gradient checkpointing."""
+    """What is trained: batch, length, the Auto class, LoRA's task and targets; with checkpointing or not."""
 
     rows: int
     length: int

@@ -122,10 +122,13 @@ def described_attention(random: Random) -> Iterator[Case]:
         own = first + length + random.pick((0, 0, 40))
         heads, group = random.pick((1, 3)), random.pick((1, 2))
         inputs = qkv(random, 2, heads, group, length, past + own)
+        batch = random.pick((0, 2, 2, 2))
+        inputs = tuple(value[:batch] for value in inputs)
         rules = np.array([[causal, first, window, alibi, past]], np.float32)
         samples = SAMPLES[random.pick(tuple(SAMPLES))](random, own)
         if samples is not None:
             rules = np.concatenate((np.tile(rules, (len(samples), 1)), samples), 1).astype(np.float32)
+            rules = rules if len(rules) == 1 else rules[:batch]
         yield Case("described_attention", inputs, (rules, settings(random, inputs[0].shape[-1])))
 
 

@@ -85,6 +85,8 @@ def described_attention(q, k, v, rules, settings):
 
 def pairs(rules: np.ndarray, heads: int, length: int, keys: int) -> np.ndarray:
     """What `mindpeft.ops.cpu.attention.MaskRules` add to scores, (1 or batch, heads, length, keys)."""
+    if len(rules) == 0:
+        return np.zeros((0, heads, length, keys))
     causal, first, window, alibi, past = (int(number) for number in rules[0, :5])
     own, queries = np.arange(keys - past), first + np.arange(length)
     samples = rules[:, 5:] if rules.shape[1] > 5 else np.ones((1, len(own)))

@@ -185,6 +185,15 @@ def test_later_tokens_see_what_the_cache_holds(kernels):
         assert error([out], expectation(seen)[:1]) < 1e-5
 
 
+def test_a_cache_with_a_described_mask(kernels):
+    """The rules say where the tokens stand."""
+    for case in some("cached_attention", 12):
+        mask, *rest = case.fixed
+        rules = np.concatenate(([1, rest[-1][0], 0, 0, 0], np.ones(mask.shape[-1])))[None].astype(np.float32)
+        described = Case(case.family, case.inputs, (rules, *rest))
+        assert error(described.run(kernels)[:1], case.run(kernels)[:1]) < 1e-6
+
+
 @pytest.mark.parametrize("room", [7, 20])
 def test_first_tokens_see_each_other_and_begin_the_cache(kernels, room):
     case = case_of(7, 7, np.where(np.tri(7) > 0, 0, LOWEST)[None, None])

@@ -26,6 +26,7 @@ class Mask {
 
   Mask(const Arguments& arguments, int tensor, int64_t batch, int64_t heads, int64_t keys)
       : data_(arguments.at(tensor)), heads_(heads) {
+    if (arguments.size(tensor) == 0) return;  // of no text
     if (arguments.rank(tensor) == 2) {
       describe(arguments.axis(tensor, 0), arguments.axis(tensor, 1), batch, keys);
       return;
@@ -66,10 +67,13 @@ class Mask {
     const int64_t before = std::clamp<int64_t>(past_ - key, 0, count);
     std::fill(room, room + before, 0.0f);
     const int64_t place = first_ + query, own = key + before - past_;
-    const int64_t from = causal_ && window_ > 0 ? place - window_ + 1 : own, to = causal_ ? place : own + count;
     float* rest = room + before;
     count -= before;
-    for (int64_t j = 0; j < count; ++j) rest[j] = own + j < from || own + j > to ? kLowest : 0.0f;
+    const int64_t end = causal_ ? std::clamp<int64_t>(place + 1 - own, 0, count) : count;
+    const int64_t begin = causal_ && window_ > 0 ? std::clamp<int64_t>(place - window_ + 1 - own, 0, end) : 0;
+    std::fill(rest, rest + begin, kLowest);
+    std::fill(rest + begin, rest + end, 0.0f);
+    std::fill(rest + end, rest + count, kLowest);
     if (samples_ != nullptr) hide_samples(text, place, own, count, rest);
     if (alibi_) add_places(text, head, own, count, rest);
     return room;
