@@ -13,6 +13,7 @@ from mindpeft.errors import InputError
 from mindpeft.models.config import PretrainedConfig
 from mindpeft.models.pretrained import PreTrainedModel
 from mindpeft.nn import Embedding, LayerNorm, Linear, empty_parameter
+from mindpeft.nn.checkpointing import CheckpointingStack
 from mindpeft.ops.activations import activation, tanh
 from mindpeft.ops.attention import AdditiveMask, Attention, SplitHeads
 from mindpeft.ops.checks import check_length
@@ -153,7 +154,7 @@ class BertLayer(nn.Cell):
         return self.output(self.intermediate(hidden), hidden)
 
 
-class BertEncoder(nn.Cell):
+class BertEncoder(CheckpointingStack):
     """The stack of layers; returns the hidden states before the first layer and after each."""
 
     def __init__(self, config: BertConfig):
@@ -163,7 +164,7 @@ class BertEncoder(nn.Cell):
     def construct(self, hidden, mask=None):
         states = (hidden,)
         for layer in self.layer:
-            hidden = layer(hidden, mask)
+            hidden = self.called(layer, hidden, mask)
             states = (*states, hidden)
         return states
 

@@ -13,6 +13,7 @@ from mindpeft.errors import InputError
 from mindpeft.models.config import PretrainedConfig
 from mindpeft.models.pretrained import PreTrainedModel
 from mindpeft.nn import Embedding, LayerNorm, Linear
+from mindpeft.nn.checkpointing import CheckpointingStack
 from mindpeft.ops.activations import activation
 from mindpeft.ops.attention import AdditiveMask, Attention, SplitHeads
 from mindpeft.ops.checks import check_length
@@ -128,7 +129,7 @@ class TransformerBlock(nn.Cell):
         return self.output_layer_norm(self.ffn(hidden) + hidden)
 
 
-class Transformer(nn.Cell):
+class Transformer(CheckpointingStack):
     """The stack of layers; returns the hidden states before the first layer and after each."""
 
     def __init__(self, config: DistilBertConfig):
@@ -138,7 +139,7 @@ class Transformer(nn.Cell):
     def construct(self, hidden, mask=None):
         states = (hidden,)
         for layer in self.layer:
-            hidden = layer(hidden, mask)
+            hidden = self.called(layer, hidden, mask)
             states = (*states, hidden)
         return states
 

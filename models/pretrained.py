@@ -18,6 +18,7 @@ from mindpeft.convert.writer import save_checkpoint
 from mindpeft.errors import InputError, did_you_mean
 from mindpeft.models.config import PretrainedConfig, read_config
 from mindpeft.nn import LayerNorm, RMSNorm
+from mindpeft.nn.checkpointing import is_checkpointing, set_checkpointing
 from mindpeft.precision import set_precision
 
 DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
@@ -116,6 +117,26 @@ class PreTrainedModel(CompiledCell):
                     if getattr(cell, "padding_idx", None) is not None:
                         value[cell.padding_idx] = 0.0
                 parameter.set_data(Tensor(value).astype(parameter.dtype))
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """Train with less memory and more time: layers are computed again in the backward pass.
+
+        Args:
+            gradient_checkpointing_kwargs: Hugging Face's; there is nothing to choose here.
+
+        Raises:
+            InputError: the model has no layers.
+        """
+        set_checkpointing(self, True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep what the backward pass needs of every layer, as before `gradient_checkpointing_enable`."""
+        set_checkpointing(self, False)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether layers are computed again in the backward pass."""
+        return is_checkpointing(self)
 
     def save_pretrained(
         self, folder: str | os.PathLike, *, dtype: str | None = None, max_shard_size: str = "5GB"

@@ -13,6 +13,7 @@ import mindspore.nn as nn
 from mindspore import Tensor, ops
 
 from mindpeft.nn.cache import LayerCache
+from mindpeft.nn.checkpointing import CheckpointingStack
 from mindpeft.nn.linear import Linear
 from mindpeft.nn.normalization import LayerNorm, RMSNorm
 from mindpeft.nn.rotary import RotarySpec, RotaryTables
@@ -250,7 +251,7 @@ class DecoderLayer(nn.Cell):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
-class LayerStack(nn.Cell):
+class LayerStack(CheckpointingStack):
     """The layers, the norm behind them, and what is computed once for all of them."""
 
     layers_name: ClassVar[str] = "layers"
@@ -288,7 +289,8 @@ class LayerStack(nn.Cell):
         layers = getattr(self, self.layers_name)
         for i in range(len(self.window_of)):
             states = (*states, hidden)
-            hidden = layers[i](hidden, masks[self.window_of[i]], angles[self.rotary_of[i]], place)
+            mask, turned = masks[self.window_of[i]], angles[self.rotary_of[i]]
+            hidden = self.called(layers[i], hidden, mask, turned, place)
         norm = getattr(self, self.norm_name)
         if norm is not None:
             hidden = norm(hidden)

@@ -10,7 +10,13 @@ from mindspore import Tensor, ops
 
 from mindpeft.ops.activations import tanh
 from mindpeft.ops.cpu import kernels_on
-from mindpeft.ops.cpu.attention import AttentionKernel, CachedAttentionKernel, MaskedAttentionKernel
+from mindpeft.ops.cpu.attention import (
+    AttentionKernel,
+    CachedAttentionKernel,
+    MaskedAttentionKernel,
+    MaskRules,
+    behind_past,
+)
 from mindpeft.ops.cpu.dropout import Noise
 from mindpeft.ops.cpu.heads import MergeHeadsKernel, SplitHeadsKernel
 from mindpeft.ops.device import on_cpu
@@ -124,7 +130,8 @@ class Attention(nn.Cell):
         Args:
             query: (batch, heads, length, size).
             key, value: (batch, key heads, keys, size); the heads are a multiple of the key heads.
-            mask: added to the scores, broadcasts to (batch, heads, length, keys).
+            mask: added to the scores, broadcasts to (batch, heads, length, keys); or, where there are kernels
+                and all is float32, a description of `mindpeft.ops.cpu.attention.MaskRules`.
 
         Returns:
             Tensor of shape (batch, length, heads * size).
@@ -177,17 +184,25 @@ def lowest(dtype: ms.Type) -> float:
     return -32752.0 if dtype == ms.float16 else -3.3895314e38
 
 
+def with_past(mask: Tensor, count: int) -> Tensor:
+    """A mask of ``Attention`` for keys in front of which ``count`` more stand, which every query sees."""
+    if mask.ndim == 2:
+        return behind_past(mask, count)
+    return ops.concat((ops.zeros((*mask.shape[:3], count), mask.dtype), mask), -1)
+
+
 class AdditiveMask(nn.Cell):
-    """Turns an attention mask into the tensor that ``Attention`` adds to its scores."""
+    """Turns an attention mask into the one that ``Attention`` takes."""
 
     def __init__(self, heads: int):
         super().__init__()
         self.heads = heads
         self.expand = on_cpu() and not kernels_on()
         self.tile = ops.Tile()
+        self.rules = MaskRules(causal=False) if kernels_on() else None
 
     def construct(self, mask: Tensor, queries: int, dtype: ms.Type) -> Tensor:
-        """Return the additive mask.
+        """Return what ``Attention`` takes.
 
         Args:
             mask: (batch, keys), (batch, queries, keys) or (batch, 1 or heads, 1 or queries, keys), 1 for
@@ -196,8 +211,11 @@ class AdditiveMask(nn.Cell):
             dtype: the dtype of the scores.
 
         Returns:
-            Tensor that broadcasts to (batch, heads, queries, keys).
+            Tensor that broadcasts to (batch, heads, queries, keys); a description, if there are kernels, of
+            (batch, keys) for float32.
         """
+        if self.rules is not None and mask.ndim == 2 and dtype == ms.float32:
+            return self.rules(mask)
         additive = mask.ndim == 4 and mask.dtype in FLOATS
         if mask.ndim == 2:
             mask = mask.reshape((mask.shape[0], 1, 1, mask.shape[1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import mindspore as ms
 import mindspore.nn as nn
@@ -11,19 +12,23 @@ from mindspore import Tensor, ops
 
 from mindpeft.ops.attention import FLOATS, lowest
 from mindpeft.ops.cpu import kernels_on
+from mindpeft.ops.cpu.attention import MaskRules
 from mindpeft.ops.device import on_cpu
 
 
 class CausalMask(nn.Cell):
-    """The tensor that ``Attention`` adds to its scores, so that a token sees itself and what is before it.
+    """The mask that ``Attention`` takes, so that a token sees itself and what is before it.
 
     Args:
         heads: of the queries.
         window: how many tokens each sees, itself included; None for all (Beltagy et al., 2020).
     """
 
+    alibi: ClassVar[bool] = False
+
     def __init__(self, heads: int, window: int | None = None):
         super().__init__()
+        self.rules = MaskRules(causal=True, window=window, alibi=self.alibi) if kernels_on() else None
         # With MindSpore's own operators of the CPU a broadcast in every layer would keep its buffers.
         self.heads = heads if on_cpu() and not kernels_on() else 1
         self.window = window
@@ -46,8 +51,11 @@ class CausalMask(nn.Cell):
             first: (1,), the place of the first query among the keys; None if queries and keys are the same.
 
         Returns:
-            (batch, heads, queries, keys); one head where a broadcast costs nothing.
+            (batch, heads, queries, keys), added to the scores; one head where a broadcast costs nothing. Or a
+            description, if there are kernels, of (batch, keys) for float32.
         """
+        if self.describes(attention_mask, dtype):
+            return self.rules(attention_mask, first)
         batch, queries = shape
         if attention_mask is not None and attention_mask.ndim == 4 and attention_mask.dtype in FLOATS:
             return attention_mask.astype(dtype)
@@ -61,6 +69,11 @@ class CausalMask(nn.Cell):
             seen = ops.logical_and(seen, attention_mask.reshape((batch, queries, keys)) != 0)
         additive = (1.0 - seen.astype(ms.float32)) * lowest(dtype)
         return self.tile(additive.astype(dtype).reshape((batch, 1, queries, keys)), (1, self.heads, 1, 1))
+
+    def describes(self, attention_mask: Tensor | None, dtype: ms.Type) -> bool:
+        """Whether a few rules stand for the mask; runs inside a graph."""
+        pairs = attention_mask is not None and attention_mask.ndim != 2
+        return self.rules is not None and not pairs and dtype == ms.float32
 
     def order(self, queries: int, keys: int, first: Tensor | None) -> Tensor:
         """(queries, keys), whether the key is the query's own, or earlier within the window."""
@@ -90,6 +103,8 @@ class AlibiMask(CausalMask):
     places are counted over the tokens that are no padding.
     """
 
+    alibi = True
+
     def __init__(self, heads: int, window: int | None = None):
         super().__init__(heads, window)
         self.all_heads = heads
@@ -97,6 +112,8 @@ class AlibiMask(CausalMask):
 
     def construct(self, attention_mask, shape, dtype, first=None):
         mask = super().construct(attention_mask, shape, dtype, first)
+        if self.describes(attention_mask, dtype):
+            return mask
         batch, keys = shape[0], mask.shape[-1]
         if attention_mask is not None and attention_mask.ndim == 2:
             real = (attention_mask != 0).astype(ms.float32)

@@ -12,6 +12,7 @@ from mindspore import Tensor, ops
 from mindpeft.ops.cpu import kernels_on
 from mindpeft.ops.cpu.dropout import FastDropout
 from mindpeft.ops.device import on_cpu
+from mindpeft.ops.random import standard_normal
 
 _SEED_ATTRIBUTES = (("Seed0", "Seed1"), ("seed", "seed2"))  # of ops.Dropout and of ops.StandardNormal
 _WIDEST = 256  # elements of a block
@@ -30,7 +31,7 @@ class CpuDropout(nn.Cell):
         super().__init__()
         self.p = p
         self.scale = 1.0 / (1.0 - p)
-        self.normal = ops.StandardNormal()
+        self.normal = standard_normal()
 
     def construct(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0.0:

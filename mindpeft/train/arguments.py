@@ -73,6 +73,8 @@ class TrainingArguments:
         max_steps: optimizer steps, overrides ``num_train_epochs``; -1 for none.
         per_device_train_batch_size, per_device_eval_batch_size: rows of a batch.
         gradient_accumulation_steps: micro-batches per optimizer step.
+        gradient_checkpointing: keep nothing of a layer for the backward pass but its input, and compute the
+            layer again: less memory, a third more time.
         learning_rate: the peak.
         weight_decay: AdamW's, decoupled; biases and norms are spared.
         adam_beta1, adam_beta2, adam_epsilon: AdamW's.
@@ -115,6 +117,7 @@ class TrainingArguments:
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 8
     gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
     learning_rate: float = 5e-5
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
@@ -189,6 +192,8 @@ class TrainingArguments:
     def _check_combinations(self) -> None:
         if self.optim == "lorafa" and self.loraplus_lr_ratio is not None:
             raise InputError("loraplus_lr_ratio is for optim=adamw: LoRA-FA trains only B")
+        if self.gradient_checkpointing and not self.jit:
+            raise InputError("gradient_checkpointing needs jit: layers are computed again in a graph alone")
         if self.load_best_model_at_end:
             if self.eval_strategy == "no":
                 raise InputError(

@@ -13,6 +13,7 @@ from mindspore import nn
 from mindpeft.console import logger
 from mindpeft.device import setup_device
 from mindpeft.errors import InputError
+from mindpeft.nn.checkpointing import set_checkpointing
 from mindpeft.train.arguments import TrainingArguments
 from mindpeft.train.batches import Batch, Batches, in_groups, make_batches, real_rows, tokenised
 from mindpeft.train.callbacks import (
@@ -141,6 +142,8 @@ class Trainer:
     def _begin(self, batches: Batches, resume: Path | None) -> None:
         """Make optimizer, schedule and state for a new run, or as the checkpoint has them."""
         args = self.args
+        if args.gradient_checkpointing:
+            set_checkpointing(self.model, True)
         self.optimizer = make_optimizer(self.model, args)
         self._runner = StepRunner(
             self.model, self.optimizer, args.gradient_accumulation_steps, args.max_grad_norm

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 from mindspore import nn
 
+from mindpeft.compiling import forget_compiled_graphs
 from mindpeft.config import PeftConfig
 from mindpeft.errors import InputError, did_you_mean
 from mindpeft.parameters import Place
@@ -18,7 +19,7 @@ from mindpeft.tuners.file_tensors import files_of, values_of
 from mindpeft.tuners.hooks import TrainingHook
 from mindpeft.tuners.merging import Merging, taken_out
 from mindpeft.tuners.plan import BaseModel, Plan
-from mindpeft.tuners.rack import Rack, Seat, forget_compiled_graphs
+from mindpeft.tuners.rack import Rack, Seat
 
 
 class AdapterBank:

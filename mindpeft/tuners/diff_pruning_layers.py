@@ -13,6 +13,7 @@ from mindspore import Tensor, nn, ops
 
 from mindpeft.ops.columns import every_row, scale_columns
 from mindpeft.ops.linear import linear
+from mindpeft.ops.random import standard_normal
 from mindpeft.parameters import CLASSIC_NAMES
 from mindpeft.tuners.base import Shapes, Site, Tensors, TunerLayer, is_transposed, original
 from mindpeft.tuners.diff_pruning_sparse import check_indices, is_sparse
@@ -59,7 +60,7 @@ class LogisticNoise(nn.Cell):
 
     def __init__(self) -> None:
         super().__init__(auto_prefix=False)
-        self.normal = ops.StandardNormal()
+        self.normal = standard_normal()
 
     def construct(self, shape: tuple[int, ...]) -> Tensor:
         chance = (ops.erf(self.normal(shape) * math.sqrt(0.5)) + 1.0) * 0.5

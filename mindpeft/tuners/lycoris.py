@@ -11,6 +11,7 @@ import numpy as np
 from mindspore import nn, ops
 
 from mindpeft.ops.columns import scale_columns
+from mindpeft.ops.random import standard_normal
 from mindpeft.targets import pattern_value
 from mindpeft.tuners.base import Shapes, Site, Tensors, TunerLayer, check_linear, original, refuse_cell
 from mindpeft.tuners.targeted import TargetedConfig, check_count, check_number, check_rate
@@ -83,7 +84,7 @@ class Kept(nn.Cell):
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
-        self.normal = ops.StandardNormal()
+        self.normal = standard_normal()
 
     def construct(self, count: int) -> ms.Tensor:
         chance = (ops.erf(self.normal((count,)) * math.sqrt(0.5)) + 1.0) * 0.5  # uniform in [0, 1]

@@ -15,11 +15,11 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
 
+from mindpeft.compiling import forget_compiled_graphs
 from mindpeft.errors import InputError, did_you_mean
 from mindpeft.parameters import assign
 from mindpeft.tuners.base import Site, Tensors, is_linear, is_transposed, original, padded
 from mindpeft.tuners.lora import LoraEmbedding, LoraLinear
-from mindpeft.tuners.rack import forget_compiled_graphs
 
 if TYPE_CHECKING:
     from mindpeft.tuners.adapter import Adapter

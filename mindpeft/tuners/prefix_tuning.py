@@ -20,7 +20,7 @@ from mindspore import nn, ops
 from mindpeft.config import PeftType, register_method
 from mindpeft.errors import InputError
 from mindpeft.ops.activations import tanh
-from mindpeft.ops.attention import Attention
+from mindpeft.ops.attention import Attention, with_past
 from mindpeft.ops.linear import linear
 from mindpeft.tuners.base import Shapes, SharedSlot, Site, Slot, Tensors, TunerLayer
 from mindpeft.tuners.prompt_layers import ModelLayer, check_room
@@ -244,7 +244,7 @@ class PrefixAttention(TunerLayer):
         """What attention gives with a prefix in front; the mask lets all tokens see it."""
         key, value = ops.concat((keys, key), 2), ops.concat((values, value), 2)
         if mask is not None:
-            mask = ops.concat((ops.zeros((*mask.shape[:3], keys.shape[2]), mask.dtype), mask), -1)
+            mask = with_past(mask, keys.shape[2])
         return self.base_layer(query, key, value, mask)
 
     def spread(self, prefix: ms.Tensor, states: ms.Tensor) -> ms.Tensor:

@@ -35,7 +35,7 @@ QWEN = {
 
 
 class Shape(NamedTuple):
-    """What is trained: batch, length, model, Auto class, LoRA's task and targets, the weights' dtype."""
+    """What is trained: batch, length, model, Auto class, LoRA's task and targets, dtype, checkpointing."""
 
     rows: int
     length: int
@@ -44,6 +44,7 @@ class Shape(NamedTuple):
     task: str
     targets: list[str] | str
     dtype: str = "float32"
+    checkpointing: bool = False
 
 
 _CLASSIFIER = ("AutoModelForSequenceClassification", "SEQ_CLS", ["query", "value"])
@@ -55,6 +56,7 @@ SHAPES = {
     "minilm": Shape(32, 64, "minilm", *_CLASSIFIER),
     "qwen2.5-0.5b": _QWEN,
     "qwen2.5-0.5b-bf16": _QWEN._replace(dtype="bfloat16"),
+    "qwen2.5-0.5b-long": _QWEN._replace(rows=1, length=2048, checkpointing=True),
 }
 
 
@@ -90,6 +92,9 @@ def torch_step(folder: str, shape: str):
     dtype = getattr(torch, SHAPES[shape].dtype)
     model = auto.from_pretrained(folder, dtype=dtype, **no_dropout(config))
     model = get_peft_model(model, LoraConfig(**lora_arguments(shape)))
+    if SHAPES[shape].checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4)
@@ -120,6 +125,8 @@ def mindpeft_step(folder: str, shape: str):
     auto = getattr(models, SHAPES[shape].auto)
     model = auto.from_pretrained(folder, dtype=SHAPES[shape].dtype, **no_dropout(config))
     model = get_peft_model(model, LoraConfig(**lora_arguments(shape)))
+    if SHAPES[shape].checkpointing:
+        model.gradient_checkpointing_enable()
     model.set_train()
     columns = batch(shape)
     optimizer = AdamW(model, weight_decay=0.01)
@@ -157,9 +164,9 @@ def compare(shape: str, steps: int, threads: int) -> None:
         ours, peer = alternate(
             [__file__, "--side", "mindpeft", *common], [__file__, "--side", "torch", *common], steps, threads
         )
-    rows, length, *_, targets, dtype = SHAPES[shape]
+    rows, length, *_, targets, dtype, checkpointing = SHAPES[shape]
     print(f"\n{shape}, batch {rows} x {length}, LoRA r=8 on {targets}, {dtype}")
-    print(f"{threads} threads, {steps} steps")
+    print(f"{threads} threads, {steps} steps" + (", gradient checkpointing" if checkpointing else ""))
     print(f"{'':24}{'mindpeft':>12}{'torch + peft':>14}{'ratio':>8}")
     for label, key in (
         ("median step, s", "step"),

@@ -9,7 +9,15 @@ import pytest
 import torch
 from mindspore import Tensor
 
-from mindpeft.ops.attention import AdditiveMask, Attention, CpuSoftmax, MergeHeads, SplitHeads
+from mindpeft.ops.attention import (
+    AdditiveMask,
+    Attention,
+    CpuSoftmax,
+    MergeHeads,
+    SplitHeads,
+    with_past,
+)
+from mindpeft.ops.causal_mask import AlibiMask, CausalMask
 from tests.ops.compare import assert_close, run, run_torch
 
 
@@ -113,7 +121,7 @@ def test_additive_mask(name, kind, dtype):
     expected = {2: lambda m: m[:, None, None], 3: lambda m: m[:, None], 4: lambda m: m}[mask.ndim](expected)
     for expand in (True, False):
         cell = AdditiveMask(3)
-        cell.expand = expand
+        cell.expand, cell.rules = expand, None
         found = cell(Tensor(mask.astype(kind)), 5, dtype)
         assert found.dtype == dtype
         found = found.astype(ms.float32).asnumpy()
@@ -121,6 +129,32 @@ def test_additive_mask(name, kind, dtype):
         shape = (2, 3, 5, 5) if expand else expected.shape
         assert found.shape == shape
         np.testing.assert_allclose(found, np.broadcast_to(expected, shape), rtol=5e-3)
+
+
+def test_a_described_mask_hides_the_same():
+    mask, attention = np.array([[1, 1, 0, 1, 0]] * 2, np.int32), Attention(3, 5)
+    query, plain = random(2, 3, 5, 5), AdditiveMask(3)
+    plain.rules = None
+
+    def ours(cell):
+        return lambda q, k, v: attention(q, k, v, cell(Tensor(mask), 5, ms.float32))
+
+    found, wanted = (run(ours(cell), query, query, query) for cell in (AdditiveMask(3), plain))
+    assert_close(found, wanted, 1e-6)
+
+
+@pytest.mark.parametrize("kind", [CausalMask, AlibiMask])
+def test_a_past_is_seen_by_all(kind):
+    """Keys in front of those of the mask, as those of a prefix."""
+    mask, attention = np.array([[0, 1, 1, 2, 2]] * 2, np.int32), Attention(3, 5)
+    query, key, plain = random(2, 3, 5, 5), random(2, 3, 9, 5), kind(3)
+    plain.rules = None
+
+    def ours(cell):
+        return lambda q, k, v: attention(q, k, v, with_past(cell(Tensor(mask), (2, 5), ms.float32), 4))
+
+    found, wanted = (run(ours(cell), query, key, key) for cell in (kind(3), plain))
+    assert_close(found, wanted, 1e-6)
 
 
 def attend_to_nothing(query, key):

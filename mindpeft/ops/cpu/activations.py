@@ -21,14 +21,15 @@ class ActivationKernel(Kernel):
 
     def __init__(self, name: str):
         super().__init__()
-        self.forward = kernel(ACTIVATIONS[name], lambda x: x)
-        self.backward = kernel(f"{ACTIVATIONS[name]}_grad", lambda x, _: x)
+        backward = kernel(f"{ACTIVATIONS[name]}_grad", lambda x, _: x)
+
+        def gradients(x, out, dout):
+            return (backward(x, dout),)
+
+        self.forward = kernel(ACTIVATIONS[name], lambda x: x, gradients=gradients)
 
     def construct(self, x):
         return self.forward(x)
-
-    def bprop(self, x, out, dout):
-        return (self.backward(x, dout),)
 
 
 class GateKernel(Kernel):
@@ -36,11 +37,12 @@ class GateKernel(Kernel):
 
     def __init__(self, name: str):
         super().__init__()
-        self.forward = kernel(f"{ACTIVATIONS[name]}_gate", lambda gate, _: gate)
-        self.backward = kernel(f"{ACTIVATIONS[name]}_gate_grad", lambda gate, *_: (gate, gate), 2)
+        backward = kernel(f"{ACTIVATIONS[name]}_gate_grad", lambda gate, *_: (gate, gate), 2)
+
+        def gradients(gate, up, out, dout):
+            return backward(gate, up, dout)
+
+        self.forward = kernel(f"{ACTIVATIONS[name]}_gate", lambda gate, _: gate, gradients=gradients)
 
     def construct(self, gate, up):
         return self.forward(gate, up)
-
-    def bprop(self, gate, up, out, dout):
-        return self.backward(gate, up, dout)

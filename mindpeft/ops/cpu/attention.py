@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mindspore import ops
+import mindspore as ms
+from mindspore import Tensor, ops
 
 from mindpeft.ops.cpu.dropout import NO_NOISE
 from mindpeft.ops.cpu.library import Kernel, kernel, setting
@@ -35,35 +36,73 @@ class AttentionKernel(Kernel):
     def __init__(self, scale: float, softcap: float):
         super().__init__()
         self.settings = setting(scale, softcap)
-        self.forward = kernel("attention", _mixed, 2)
-        self.backward = kernel("attention_grad", _inputs, 3)
+        backward = kernel("attention_grad", _inputs, 3)
+
+        def gradients(q, k, v, settings, noise, out, dout):
+            dq, dk, dv = backward(q, k, v, settings, noise, out[0], out[1], dout[0])
+            return dq, dk, dv, ops.zeros_like(settings), ops.zeros_like(noise)
+
+        self.forward = kernel("attention", _mixed, 2, gradients)
 
     def construct(self, q, k, v, noise):
         return self.forward(q, k, v, self.settings, noise)
 
-    def bprop(self, q, k, v, noise, out, dout):
-        dq, dk, dv = self.backward(q, k, v, self.settings, noise, out[0], out[1], dout[0])
-        return dq, dk, dv, ops.zeros_like(noise)
-
 
 class MaskedAttentionKernel(Kernel):
-    """The same with a mask that is added to the scores and gets no gradient.
+    """The same with a mask that gets no gradient.
 
-    Each of its axes but the last, (batch, heads, length, keys), may be of size 1.
+    It is added to the scores, and each of its axes but the last, (batch, heads, length, keys), may be of size
+    1; or it is a description, of `MaskRules`.
     """
 
     def __init__(self, scale: float, softcap: float):
         super().__init__()
         self.settings = setting(scale, softcap)
-        self.forward = kernel("masked_attention", _mixed, 2)
-        self.backward = kernel("masked_attention_grad", _inputs, 3)
+        backward = kernel("masked_attention_grad", _inputs, 3)
+
+        def gradients(q, k, v, mask, settings, noise, out, dout):
+            dq, dk, dv = backward(q, k, v, mask, settings, noise, out[0], out[1], dout[0])
+            return dq, dk, dv, ops.zeros_like(mask), ops.zeros_like(settings), ops.zeros_like(noise)
+
+        self.forward = kernel("masked_attention", _mixed, 2, gradients)
 
     def construct(self, q, k, v, mask, noise):
         return self.forward(q, k, v, mask, self.settings, noise)
 
-    def bprop(self, q, k, v, mask, noise, out, dout):
-        dq, dk, dv = self.backward(q, k, v, mask, self.settings, noise, out[0], out[1], dout[0])
-        return dq, dk, dv, ops.zeros_like(mask), ops.zeros_like(noise)
+
+class MaskRules(Kernel):
+    """Describes a mask, so that there is no number for each pair of tokens: (1 or batch, 5 or 5 + keys).
+
+    Args:
+        causal: a query sees no key behind it, and of the others those of its own sample; a query without a
+            sample sees them all.
+        window: how many keys it sees, itself included; None for all. For causal masks.
+        alibi: a key's place, counted over the keys of samples, adds to its scores times the head's slope.
+    """
+
+    def __init__(self, causal: bool, window: int | None = None, alibi: bool = False):
+        super().__init__()
+        self.before, self.behind = setting(causal), setting(window or 0, alibi, 0)
+        self.beginning = setting(0)
+        self.concat, self.beside, self.tile = ops.Concat(0), ops.Concat(1), ops.Tile()
+
+    def construct(self, samples: Tensor | None, first: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            samples: (batch, keys), 0 for keys that nobody sees, the number of the sample for others; None if
+                all are seen.
+            first: (1,), the place of the first query among the keys; None for the beginning.
+        """
+        first = self.beginning if first is None else first.astype(ms.float32)
+        rules = self.concat((self.before, first, self.behind)).reshape((1, -1))
+        if samples is None:
+            return rules
+        return self.beside((self.tile(rules, (samples.shape[0], 1)), samples.astype(ms.float32)))
+
+
+def behind_past(rules: Tensor, count: int) -> Tensor:
+    """A description of `MaskRules` for keys in front of which `count` more stand, which every query sees."""
+    return ops.concat((rules[:, :4], rules[:, 4:5] + count, rules[:, 5:]), 1)
 
 
 class CachedAttentionKernel(Kernel):

@@ -7,6 +7,7 @@ import mindspore.nn as nn
 from mindspore import Tensor, ops
 
 from mindpeft.ops.cpu.library import Kernel, kernel, setting
+from mindpeft.ops.random import standard_normal
 
 NO_NOISE = (0.0, 1.0, 0.0, 0.0)
 
@@ -21,7 +22,7 @@ class Noise(nn.Cell):
         super().__init__()
         self.p = p
         self.share, self.silence = setting(p, 1.0 / (1.0 - p) if p < 1.0 else 0.0), setting(*NO_NOISE)
-        self.normal = ops.StandardNormal()
+        self.normal = standard_normal()
         self.concat = ops.Concat(0)
 
     def construct(self) -> Tensor:
@@ -35,13 +36,15 @@ class DropoutKernel(Kernel):
 
     def __init__(self):
         super().__init__()
-        self.forward = kernel("dropout", lambda x, _: x)
+        backward = kernel("dropout", lambda x, _: x)
+
+        def gradients(x, noise, out, dout):
+            return backward(dout, noise), ops.zeros_like(noise)
+
+        self.forward = kernel("dropout", lambda x, _: x, gradients=gradients)
 
     def construct(self, x, noise):
         return self.forward(x, noise)
-
-    def bprop(self, x, noise, out, dout):
-        return self.forward(dout, noise), ops.zeros_like(noise)
 
 
 class FastDropout(nn.Cell):

@@ -15,11 +15,12 @@ class EmbeddingKernel(Kernel):
 
     def __init__(self):
         super().__init__()
-        self.forward = kernel("embedding", lambda ids, weight: (*ids, weight[1]))
-        self.backward = kernel("embedding_grad", lambda _, weight, __: weight)
+        backward = kernel("embedding_grad", lambda _, weight, __: weight)
+
+        def gradients(ids, weight, out, dout):
+            return ops.zeros_like(ids), backward(ids, weight, dout).astype(weight.dtype)
+
+        self.forward = kernel("embedding", lambda ids, weight: (*ids, weight[1]), gradients=gradients)
 
     def construct(self, weight, ids):
         return self.forward(ids, weight)
-
-    def bprop(self, weight, ids, out, dout):
-        return self.backward(ids, weight, dout).astype(weight.dtype), ops.zeros_like(ids)

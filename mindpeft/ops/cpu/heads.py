@@ -20,14 +20,15 @@ class SplitHeadsKernel(Kernel):
 
     def __init__(self, heads: int):
         super().__init__()
-        self.forward = kernel("split_heads", _apart(heads), heads=heads)
-        self.backward = kernel("merge_heads", _joined)
+        backward = kernel("merge_heads", _joined)
+
+        def gradients(x, out, dout):
+            return (backward(dout),)
+
+        self.forward = kernel("split_heads", _apart(heads), gradients=gradients, heads=heads)
 
     def construct(self, x):
         return self.forward(x)
-
-    def bprop(self, x, out, dout):
-        return (self.backward(dout),)
 
 
 class SplitAndTurnKernel(Kernel):
@@ -36,14 +37,15 @@ class SplitAndTurnKernel(Kernel):
     def __init__(self, heads: int, interleaved: bool):
         super().__init__()
         name = "split_and_turn_neighbours" if interleaved else "split_and_turn"
-        self.forward = kernel(name, _apart(heads), heads=heads)
-        self.backward = kernel(f"{name}_grad", _joined)
+        backward = kernel(f"{name}_grad", _joined)
+
+        def gradients(x, cos, sin, out, dout):
+            return backward(dout, cos, sin), ops.zeros_like(cos), ops.zeros_like(sin)
+
+        self.forward = kernel(name, _apart(heads), gradients=gradients, heads=heads)
 
     def construct(self, x, cos, sin):
         return self.forward(x, cos, sin)
-
-    def bprop(self, x, cos, sin, out, dout):
-        return self.backward(dout, cos, sin), ops.zeros_like(cos), ops.zeros_like(sin)
 
 
 class MergeHeadsKernel(Kernel):
@@ -51,11 +53,12 @@ class MergeHeadsKernel(Kernel):
 
     def __init__(self, heads: int):
         super().__init__()
-        self.forward = kernel("merge_heads", _joined)
-        self.backward = kernel("split_heads", _apart(heads), heads=heads)
+        backward = kernel("split_heads", _apart(heads), heads=heads)
+
+        def gradients(x, out, dout):
+            return (backward(dout),)
+
+        self.forward = kernel("merge_heads", _joined, gradients=gradients)
 
     def construct(self, x):
         return self.forward(x)
-
-    def bprop(self, x, out, dout):
-        return (self.backward(dout),)

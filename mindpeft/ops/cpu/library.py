@@ -125,18 +125,24 @@ def without_kernels(model: nn.Cell) -> Iterator[None]:
             setattr(cell, name, child)
 
 
-def kernel(name: str, shapes: Callable, outputs: int = 1, **attributes: int) -> ops.Custom:
+def kernel(
+    name: str, shapes: Callable, outputs: int = 1, gradients: Callable | None = None, **attributes: int
+) -> ops.Custom:
     """The operator of a kernel; `kernels_on` must hold.
 
     Args:
         name: as in ``src/``.
         shapes: the inputs' shapes -> the output's, or a tuple of them.
         outputs: how many there are, all of float32.
+        gradients: inputs, outputs and the outputs' gradients -> the gradients of all inputs. It finds its
+            operators outside itself: of a Cell's ``bprop``, or of a method, MindSpore does not see that it is
+            a backward pass, and `mindspore.recompute` has no effect.
         attributes: what else the shapes depend on. MindSpore takes two operators of one name and the same
             attributes for one, and gives the second the first one's shapes.
     """
     types = ms.float32 if outputs == 1 else (ms.float32,) * outputs
-    operator = ops.Custom(f"{library().path}:{name}", shapes, lambda *_: types, func_type="aot")
+    path = f"{library().path}:{name}"
+    operator = ops.Custom(path, shapes, lambda *_: types, func_type="aot", bprop=gradients)
     for key, value in attributes.items():
         operator.add_prim_attr(key, value)
     return operator

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mindspore as ms
-from mindspore import Tensor, ops
+from mindspore import ops
 
 from mindpeft.ops.cpu.library import Kernel, kernel, rows_of
 
@@ -14,49 +14,49 @@ def _of_rows(x: list[int], weight: list[int], *_) -> tuple[int, ...]:
     return (*x[:-1], weight[0])
 
 
-class _Gradients(Kernel):
-    """What a product's weight and bias get; a graph in which they are frozen holds neither."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight_kernel = kernel("linear_grad_weight", lambda x, dy: (dy[-1], x[-1]))
-        self.bias_kernel = kernel("sum_rows", lambda x: (x[-1],))
-
-    def of_weight(self, x: Tensor, weight: Tensor, dy: Tensor) -> Tensor:
-        return self.weight_kernel(x, dy).astype(weight.dtype)
-
-    def of_bias(self, dy: Tensor) -> Tensor:
-        return self.bias_kernel(dy)
-
-
-class LinearKernel(_Gradients):
+class LinearKernel(Kernel):
     """``x @ weight.T``: x (..., in) of float32, weight (out, in) of float32 or bfloat16."""
 
     def __init__(self):
         super().__init__()
-        self.forward = kernel("linear", _of_rows)
-        self.backward = kernel("linear_grad", lambda dy, weight: (*dy[:-1], weight[1]))
+        of_x, of_weight = _of_x(), _of_weight()
+
+        def gradients(x, weight, out, dout):
+            return of_x(dout, weight), of_weight(x, dout).astype(weight.dtype)
+
+        self.forward = kernel("linear", _of_rows, gradients=gradients)
 
     def construct(self, x, weight):
         return self.forward(x, weight)
 
-    def bprop(self, x, weight, out, dout):
-        return self.backward(dout, weight), self.of_weight(x, weight, dout)
 
-
-class LinearBiasKernel(_Gradients):
+class LinearBiasKernel(Kernel):
     """``x @ weight.T + bias``, bias (out,) of float32."""
 
     def __init__(self):
         super().__init__()
-        self.forward = kernel("linear_bias", _of_rows)
-        self.backward = kernel("linear_grad", lambda dy, weight: (*dy[:-1], weight[1]))
+        of_x, of_weight, of_bias = _of_x(), _of_weight(), _of_bias()
+
+        def gradients(x, weight, bias, out, dout):
+            return of_x(dout, weight), of_weight(x, dout).astype(weight.dtype), of_bias(dout)
+
+        self.forward = kernel("linear_bias", _of_rows, gradients=gradients)
 
     def construct(self, x, weight, bias):
         return self.forward(x, weight, bias)
 
-    def bprop(self, x, weight, bias, out, dout):
-        return self.backward(dout, weight), self.of_weight(x, weight, dout), self.of_bias(dout)
+
+# What the inputs of a product get; a graph in which the weight or the bias is frozen holds nothing of it.
+def _of_x() -> ops.Custom:
+    return kernel("linear_grad", lambda dy, weight: (*dy[:-1], weight[1]))
+
+
+def _of_weight() -> ops.Custom:
+    return kernel("linear_grad_weight", lambda x, dy: (dy[-1], x[-1]))
+
+
+def _of_bias() -> ops.Custom:
+    return kernel("sum_rows", lambda x: (x[-1],))
 
 
 def _with_hidden(x: list[int], weight: list[int], a: list[int], *_) -> tuple[tuple[int, ...], ...]:
@@ -67,7 +67,7 @@ def _lora_gradients() -> ops.Custom:
     return kernel("lora_linear_grad", lambda x, weight, a, b, *_: (x, a, b), 3)
 
 
-class LoraKernel(_Gradients):
+class LoraKernel(Kernel):
     """``(x @ weight.T + hidden @ b.T, hidden)`` with ``hidden = scale * x @ a.T``.
 
     x (..., in), weight (out, in), a (r, in), b (out, r), scale one number; noise of
@@ -76,31 +76,33 @@ class LoraKernel(_Gradients):
 
     def __init__(self):
         super().__init__()
-        self.forward = kernel("lora_linear", _with_hidden, 2)
-        self.backward = _lora_gradients()
+        backward, of_weight = _lora_gradients(), _of_weight()
+
+        def gradients(x, weight, a, b, scale, noise, out, dout):
+            dx, da, db = backward(x, weight, a, b, scale, noise, out[1], dout[0])
+            dweight = of_weight(x, dout[0]).astype(weight.dtype)
+            return dx, dweight, da, db, ops.zeros_like(scale), ops.zeros_like(noise)
+
+        self.forward = kernel("lora_linear", _with_hidden, 2, gradients)
 
     def construct(self, x, weight, a, b, scale, noise):
         return self.forward(x, weight, a, b, scale, noise)
 
-    def bprop(self, x, weight, a, b, scale, noise, out, dout):
-        dy = dout[0]
-        dx, da, db = self.backward(x, weight, a, b, scale, noise, out[1], dy)
-        return dx, self.of_weight(x, weight, dy), da, db, ops.zeros_like(scale), ops.zeros_like(noise)
 
-
-class LoraBiasKernel(_Gradients):
+class LoraBiasKernel(Kernel):
     """The same with a bias (out,) of the layer itself."""
 
     def __init__(self):
         super().__init__()
-        self.forward = kernel("lora_linear_bias", _with_hidden, 2)
-        self.backward = _lora_gradients()
+        backward, of_weight, of_bias = _lora_gradients(), _of_weight(), _of_bias()
+
+        def gradients(x, weight, a, b, scale, noise, bias, out, dout):
+            dy = dout[0]
+            dx, da, db = backward(x, weight, a, b, scale, noise, out[1], dy)
+            dweight, dbias = of_weight(x, dy).astype(weight.dtype), of_bias(dy)
+            return dx, dweight, da, db, ops.zeros_like(scale), ops.zeros_like(noise), dbias
+
+        self.forward = kernel("lora_linear_bias", _with_hidden, 2, gradients)
 
     def construct(self, x, weight, a, b, scale, noise, bias):
         return self.forward(x, weight, a, b, scale, noise, bias)
-
-    def bprop(self, x, weight, a, b, scale, noise, bias, out, dout):
-        dy = dout[0]
-        dx, da, db = self.backward(x, weight, a, b, scale, noise, out[1], dy)
-        dweight, dbias = self.of_weight(x, weight, dy), self.of_bias(dy)
-        return dx, dweight, da, db, ops.zeros_like(scale), ops.zeros_like(noise), dbias

@@ -16,13 +16,14 @@ class ProjectedLossKernel(Kernel):
 
     def __init__(self):
         super().__init__()
-        self.forward = kernel("projected_cross_entropy", lambda hidden, *_: ((1,), hidden), 2)
-        self.weight_gradient = kernel("projected_cross_entropy_grad_weight", lambda _, weight, *__: weight)
+        of_weight = kernel("projected_cross_entropy_grad_weight", lambda _, weight, *__: weight)
+
+        def gradients(hidden, weight, labels, out, dout):
+            dloss = dout[0].reshape(())
+            dweight = of_weight(hidden, weight, labels)
+            return out[1] * dloss, (dweight * dloss).astype(weight.dtype), ops.zeros_like(labels)
+
+        self.forward = kernel("projected_cross_entropy", lambda hidden, *_: ((1,), hidden), 2, gradients)
 
     def construct(self, hidden, weight, labels):
         return self.forward(hidden, weight, labels)
-
-    def bprop(self, hidden, weight, labels, out, dout):
-        dloss = dout[0].reshape(())
-        dweight = self.weight_gradient(hidden, weight, labels)
-        return out[1] * dloss, (dweight * dloss).astype(weight.dtype), ops.zeros_like(labels)

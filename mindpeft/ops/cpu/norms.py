@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from mindspore import ops
+
 from mindpeft.ops.cpu.library import Kernel, kernel, rows_of, setting
 
 
@@ -11,16 +13,17 @@ class RmsNormKernel(Kernel):
     def __init__(self, eps: float):
         super().__init__()
         self.eps = setting(eps)
-        self.forward = kernel("rms_norm", lambda x, *_: (x, (rows_of(x),)), 2)
-        self.backward = kernel("rms_norm_grad", lambda x, *_: x)
-        self.backward_weight = kernel("rms_norm_grad_weight", lambda x, *_: (x[-1],))
+        backward = kernel("rms_norm_grad", lambda x, *_: x)
+        backward_weight = kernel("rms_norm_grad_weight", lambda x, *_: (x[-1],))
+
+        def gradients(x, weight, eps, out, dout):
+            dx = backward(x, weight, out[1], dout[0])
+            return dx, backward_weight(x, out[1], dout[0]), ops.zeros_like(eps)
+
+        self.forward = kernel("rms_norm", lambda x, *_: (x, (rows_of(x),)), 2, gradients)
 
     def construct(self, x, weight):
         return self.forward(x, weight, self.eps)
-
-    def bprop(self, x, weight, out, dout):
-        dx = self.backward(x, weight, out[1], dout[0])
-        return dx, self.backward_weight(x, out[1], dout[0])
 
 
 class LayerNormKernel(Kernel):
@@ -29,15 +32,16 @@ class LayerNormKernel(Kernel):
     def __init__(self, eps: float):
         super().__init__()
         self.eps = setting(eps)
-        self.forward = kernel("layer_norm", lambda x, *_: (x, (rows_of(x),), (rows_of(x),)), 3)
-        self.backward = kernel("layer_norm_grad", lambda x, *_: x)
-        self.backward_weight = kernel("layer_norm_grad_weight", lambda x, *_: (x[-1],))
-        self.backward_bias = kernel("sum_rows", lambda x: (x[-1],))
+        backward = kernel("layer_norm_grad", lambda x, *_: x)
+        backward_weight = kernel("layer_norm_grad_weight", lambda x, *_: (x[-1],))
+        backward_bias = kernel("sum_rows", lambda x: (x[-1],))
+
+        def gradients(x, weight, bias, eps, out, dout):
+            dy = dout[0]
+            dx = backward(x, weight, out[1], out[2], dy)
+            return dx, backward_weight(x, out[1], out[2], dy), backward_bias(dy), ops.zeros_like(eps)
+
+        self.forward = kernel("layer_norm", lambda x, *_: (x, (rows_of(x),), (rows_of(x),)), 3, gradients)
 
     def construct(self, x, weight, bias):
         return self.forward(x, weight, bias, self.eps)
-
-    def bprop(self, x, weight, bias, out, dout):
-        dy = dout[0]
-        dx = self.backward(x, weight, out[1], out[2], dy)
-        return dx, self.backward_weight(x, out[1], out[2], dy), self.backward_bias(dy)

@@ -114,6 +114,47 @@ def masked_attention(random: Random) -> Iterator[Case]:
         yield Case("masked_attention", inputs, (mask, settings(random, inputs[0].shape[-1])))
 
 
+def described_attention(random: Random) -> Iterator[Case]:
+    """Rules in place of a mask: order, windows, samples, padding, places that count, a past."""
+    while True:
+        causal, alibi = random.pick((0, 1, 1)), random.pick((0, 0, 1))
+        length, past = random.pick(SIZES), random.pick((0, 0, 3, 270))
+        first, window = (random.pick((0, 0, 5, 300)), random.pick((0, 1, 7, 300))) if causal else (0, 0)
+        own = first + length + random.pick((0, 0, 40))
+        heads, group = random.pick((1, 3)), random.pick((1, 2))
+        inputs = qkv(random, 2, heads, group, length, past + own)
+        batch = random.pick((0, 2, 2, 2))
+        inputs = tuple(value[:batch] for value in inputs)
+        rules = np.array([[causal, first, window, alibi, past]], np.float32)
+        samples = SAMPLES[random.pick(tuple(SAMPLES))](random, own)
+        if samples is not None:
+            rules = np.concatenate((np.tile(rules, (len(samples), 1)), samples), 1).astype(np.float32)
+            rules = rules if len(rules) == 1 else rules[:batch]
+        yield Case("described_attention", inputs, (rules, settings(random, inputs[0].shape[-1])))
+
+
+def padding(random: Random, keys: int) -> np.ndarray:
+    """In front or behind, perhaps all of a text."""
+    lengths = random.generator.integers(0, keys + 1, (2, 1))
+    real = np.arange(keys) < lengths
+    return real[:, ::-1] if random.pick((0, 1)) else real
+
+
+def packed(random: Random, keys: int) -> np.ndarray:
+    """Samples one after the other, with padding behind the last."""
+    numbers = 1 + np.cumsum(random.generator.random((2, keys)) < 0.1, 1)
+    return np.where(np.arange(keys) < keys - random.pick((0, 2)), numbers, 0)
+
+
+SAMPLES = {
+    "none": lambda *_: None,
+    "one": lambda _, keys: np.ones((1, keys)),
+    "padding": padding,
+    "packed": packed,
+    "scattered": lambda random, keys: random.generator.integers(0, 3, (2, keys)),
+}
+
+
 def some_hidden(random: Random, shape) -> np.ndarray:
     return np.where(random.generator.random(shape) < 0.5, LOWEST, 0)
 
@@ -252,6 +293,7 @@ EXACT: dict[str, Maker] = {
     "lora_bias bfloat16": product("lora_bias", True),
     "attention": attention,
     "masked_attention": masked_attention,
+    "described_attention": described_attention,
     "rms_norm": norm("rms_norm"),
     "layer_norm": norm("layer_norm"),
     **{name: elementwise(name, 1) for name in ("gelu", "tanh_gelu", "silu")},

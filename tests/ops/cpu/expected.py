@@ -8,8 +8,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from mindpeft.ops.causal_mask import alibi_slopes
 from tests.ops.compare import run_torch
-from tests.ops.cpu.cases import Case
+from tests.ops.cpu.cases import LOWEST, Case
 from tests.ops.cpu.native import Kernels
 
 
@@ -77,6 +78,31 @@ def masked_attention(q, k, v, mask, settings):
     return mixed.transpose(1, 2).flatten(2)
 
 
+def described_attention(q, k, v, rules, settings):
+    mask = pairs(rules.numpy(), q.shape[1], q.shape[2], k.shape[2])
+    return masked_attention(q, k, v, torch.tensor(mask, dtype=torch.float64), settings)
+
+
+def pairs(rules: np.ndarray, heads: int, length: int, keys: int) -> np.ndarray:
+    """What `mindpeft.ops.cpu.attention.MaskRules` add to scores, (1 or batch, heads, length, keys)."""
+    if len(rules) == 0:
+        return np.zeros((0, heads, length, keys))
+    causal, first, window, alibi, past = (int(number) for number in rules[0, :5])
+    own, queries = np.arange(keys - past), first + np.arange(length)
+    samples = rules[:, 5:] if rules.shape[1] > 5 else np.ones((1, len(own)))
+    seen = np.broadcast_to(samples[:, None] != 0, (len(samples), length, len(own)))
+    if causal:
+        distance, mine = queries[:, None] - own, samples[:, queries, None]
+        near = (distance >= 0) & (distance < (window or keys))
+        seen = seen & near & ((mine == 0) | (mine == samples[:, None]))
+    mask = np.where(seen, 0, LOWEST)[:, None].repeat(heads, 1)
+    if alibi:
+        real = samples != 0
+        places = (np.cumsum(real, 1) - 1) * real
+        mask = mask + np.array(alibi_slopes(heads))[:, None, None] * places[:, None, None]
+    return np.concatenate((np.zeros((*mask.shape[:3], past)), mask), -1)
+
+
 def rms_norm(x, weight, eps):
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
@@ -126,8 +152,8 @@ def embedding(weight, ids):
     return F.embedding(ids, weight)
 
 
-_by_name = (linear, lora, lora_bias, attention, masked_attention, rms_norm, layer_norm, loss, split_heads)
-_by_name = (*_by_name, embedding, merge_heads, split_and_turn, split_and_turn_neighbours)
+_by_name = (linear, lora, lora_bias, attention, masked_attention, described_attention, rms_norm, layer_norm)
+_by_name = (*_by_name, loss, split_heads, merge_heads, split_and_turn, split_and_turn_neighbours, embedding)
 FAMILIES = {
     **{family.__name__: family for family in _by_name},
     "linear_bias": linear,

@@ -237,6 +237,7 @@ _by_name = (linear, linear_bias, lora, lora_bias, attention, masked_attention, r
 FAMILIES = {
     **{family.__name__: family for family in (*_by_name, split_heads, merge_heads, embedding)},
     **{family.__name__: family for family in (cached_attention, adamw)},
+    "described_attention": masked_attention,
     **{family.__name__: family for family in (lora_with_dropout, attention_with_dropout)},
     **{name: activation(name) for name in ("gelu", "tanh_gelu", "silu")},
     **{f"{name}_gate": gate(name) for name in ("gelu", "tanh_gelu", "silu")},

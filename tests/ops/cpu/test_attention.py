@@ -7,9 +7,9 @@ import pytest
 from mindspore import Tensor
 
 from mindpeft.ops.cpu.attention import AttentionKernel, MaskedAttentionKernel
-from tests.ops.cpu.cases import LOWEST, MASKS, Case, Random, numbers, some
+from tests.ops.cpu.cases import LOWEST, MASKS, SAMPLES, Case, Random, numbers, some
 from tests.ops.cpu.cells import assert_equals_torch
-from tests.ops.cpu.expected import error, expectation, worst
+from tests.ops.cpu.expected import error, expectation, pairs, worst
 from tests.ops.cpu.native import SILENCE
 
 SIZE, VALUE_SIZE = 5, 3
@@ -33,7 +33,7 @@ def assert_as_torch(kernels, case: Case) -> None:
     assert error(case.run(kernels), expectation(case)) < 1e-5
 
 
-@pytest.mark.parametrize("family", ["attention", "masked_attention"])
+@pytest.mark.parametrize("family", ["attention", "masked_attention", "described_attention"])
 def test_equals_torch(kernels, family, seed):
     assert worst(kernels, some(family, 60, seed)) < 1e-5
 
@@ -156,6 +156,19 @@ def test_scores_of_any_size(kernels):
     assert error([out], expectation(case)[:1]) < 1e-4  # scores of 1000 are good to 1e-4
 
 
+@pytest.mark.parametrize("name", ["packed", "padding", "none"])
+@pytest.mark.parametrize(("causal", "window", "alibi"), [(1, 0, 0), (1, 40, 0), (1, 0, 1), (0, 0, 0)])
+def test_a_described_mask_is_that_of_all_pairs(kernels, name, causal, window, alibi):
+    """Blocks that lie behind a query or before its window, and those of other samples, are left out."""
+    samples = SAMPLES[name](Random(3), 600)
+    rules = np.array([[causal, 0, window, alibi, 0]] * (1 if samples is None else 2), np.float32)
+    if samples is not None:
+        rules = np.concatenate((rules, samples), 1).astype(np.float32)
+    of_rules = case_of(600, 600, rules)
+    of_pairs = case_of(600, 600, pairs(rules, 2, 600, 600))
+    assert error(of_rules.run(kernels), of_pairs.run(kernels)) < 2e-6
+
+
 def test_later_tokens_see_what_the_cache_holds(kernels):
     for case in some("cached_attention", 12):
         q, k, v = case.inputs
@@ -170,6 +183,15 @@ def test_later_tokens_see_what_the_cache_holds(kernels):
             held.append(expected.reshape(*k.shape[:2], room, -1))
         seen = Case("masked_attention", (q, *held), (mask, settings))
         assert error([out], expectation(seen)[:1]) < 1e-5
+
+
+def test_a_cache_with_a_described_mask(kernels):
+    """The rules say where the tokens stand."""
+    for case in some("cached_attention", 12):
+        mask, *rest = case.fixed
+        rules = np.concatenate(([1, rest[-1][0], 0, 0, 0], np.ones(mask.shape[-1])))[None].astype(np.float32)
+        described = Case(case.family, case.inputs, (rules, *rest))
+        assert error(described.run(kernels)[:1], case.run(kernels)[:1]) < 1e-6
 
 
 @pytest.mark.parametrize("room", [7, 20])
