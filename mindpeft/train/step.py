@@ -9,6 +9,7 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from mindpeft.errors import InputError, did_you_mean
+from mindpeft.memory import CompiledCell
 from mindpeft.ops.cpu import kernels_on
 from mindpeft.ops.cpu.adamw import AdamWKernel
 from mindpeft.train.optim import AdamW, flatten
@@ -60,7 +61,7 @@ def _arrange(columns: tuple, positions: tuple[int, ...]) -> tuple:
     return arguments
 
 
-class TrainStep(nn.Cell):
+class TrainStep(CompiledCell):
     """Forward, loss, gradients of the trainable parameters, accumulation, clipping and AdamW in one graph.
 
     The gradient is taken with respect to trainable parameters only, so that the graph holds none of a frozen
@@ -182,7 +183,7 @@ class TrainStep(nn.Cell):
             self.hooks[i].after_update(own_values, own_gradients, step)
 
 
-class EvalStep(nn.Cell):
+class EvalStep(CompiledCell):
     """The model's ``(loss, logits)``, or logits alone for batches without labels, as one graph.
 
     Args:

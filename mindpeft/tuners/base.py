@@ -19,6 +19,8 @@ import numpy as np
 from mindspore import nn, ops
 
 from mindpeft.errors import InputError
+from mindpeft.ops.columns import ScaleColumns
+from mindpeft.ops.linear import Product
 from mindpeft.parameters import assign
 
 Tensors = dict[str, np.ndarray]  # tensor name -> value on the host, in the adapter's true shape
@@ -273,6 +275,9 @@ class TunerLayer(Slot):
     Args:
         base_layer: the original cell, or another layer around it.
         shared: the adapter's `SharedSlot`, if the method has one.
+
+    Attributes:
+        linear, scale_columns: the device's own product with a matrix, and with a factor for each column.
     """
 
     def __init__(
@@ -287,6 +292,7 @@ class TunerLayer(Slot):
         super().__init__(path, shapes, dtype, number)
         self.base_layer = base_layer
         self.shared = shared
+        self.linear, self.scale_columns = Product(), ScaleColumns()
         self.is_product = False  # more than the product that `mindpeft.nn.Linear` without a bias is
 
     @classmethod

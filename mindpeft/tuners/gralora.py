@@ -18,7 +18,6 @@ from mindspore import nn, ops
 from mindpeft.config import PeftType, register_method
 from mindpeft.errors import InputError
 from mindpeft.ops.dropout import dropout
-from mindpeft.ops.linear import linear
 from mindpeft.tuners.base import (
     Shapes,
     Site,
@@ -165,6 +164,6 @@ class GraloraLinear(TunerLayer):
         update = self.matmul(hidden.reshape((parts, -1, r)), self.gralora_B)
         update = ops.transpose(update, (1, 0, 2)).reshape(result.shape)
         if self.hybrid:
-            general = linear(self.dropout(value), self.gralora_A_general.weight) * self.scaling
-            update = update + linear(general, self.gralora_B_general.weight)
+            general = self.linear(self.dropout(value), self.gralora_A_general.weight) * self.scaling
+            update = update + self.linear(general, self.gralora_B_general.weight)
         return ops.cast(ops.cast(result, self.slot_dtype) + update, result.dtype)

@@ -11,7 +11,6 @@ from mindspore import nn, ops
 
 from mindpeft.errors import InputError
 from mindpeft.ops.attention import MergeHeads, SplitHeads
-from mindpeft.ops.linear import linear
 from mindpeft.tuners.base import Shapes, Site, Tensors, TunerLayer, original
 
 _MOST_GROUPS = 32  # of columns that are turned apart from each other
@@ -175,7 +174,7 @@ class TurnedBlocks(TurnedInput):
         matrices = self.blocks()
         if matrices.shape[0] == 1:
             rows = x.reshape((-1, matrices.shape[-1]))
-            return linear(rows, ops.transpose(matrices[0], (1, 0))).reshape(x.shape)
+            return self.linear(rows, ops.transpose(matrices[0], (1, 0))).reshape(x.shape)
         return self.rotate(x, self.dropped(matrices))
 
 

@@ -85,6 +85,10 @@ def layer_norm(x, weight, bias, eps):
     return F.layer_norm(x, weight.shape, weight, bias, eps.item())
 
 
+def scale_columns(x, factors):
+    return x * factors
+
+
 ACTIVATIONS = {"gelu": F.gelu, "tanh_gelu": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
 
 
@@ -123,7 +127,7 @@ def loss(hidden, weight, labels):
 
 
 _by_name = (linear, lora, lora_bias, attention, masked_attention, rms_norm, layer_norm, loss, split_heads)
-_by_name = (*_by_name, merge_heads, split_and_turn, split_and_turn_neighbours)
+_by_name = (*_by_name, merge_heads, split_and_turn, split_and_turn_neighbours, scale_columns)
 FAMILIES = {
     **{family.__name__: family for family in _by_name},
     "linear_bias": linear,
