@@ -10,8 +10,8 @@ from pathlib import Path
 
 from mindspore import nn
 
-_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-_LARGE = 1 << 20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_LARGE = 4 << 20
 _MADV_DONTNEED = 4  # of Linux
 _MAPS = Path("/proc/self/smaps")
 _MAP = re.compile(r"([0-9a-f]+)-([0-9a-f]+) r-.p \S+ \S+ \d+ +\S+\.so[.\d]*$")
@@ -30,12 +30,14 @@ def _glibc() -> ctypes.CDLL | None:
 def release_freed_memory() -> None:
     """Give what is free inside the heap back to the system, page by page; does nothing without glibc.
 
-    From then on buffers of 1 MB and more stay out of the heap, which they would make grow again: without
-    being told, glibc lets ever larger ones into it.
+    From then on buffers of 4 MB and more stay out of the heap, which they would make grow again: without
+    being told, glibc lets ever larger ones into it. Smaller ones, which products need all the time, may
+    find up to 16 MB at the heap's end.
     """
     library = _glibc()
     if library is not None:
         library.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+        library.mallopt(_M_TRIM_THRESHOLD, 4 * _LARGE)
         library.malloc_trim(0)
 
 

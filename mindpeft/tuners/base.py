@@ -84,6 +84,20 @@ class Site:
     targets: Mapping[str, nn.Cell]
 
 
+class _Choose(nn.Cell):
+    """One of two tensors of the same shape; Select's own gradient has zeros of that shape in the graph."""
+
+    def construct(self, first_is_it: ms.Tensor, first: ms.Tensor, second: ms.Tensor) -> ms.Tensor:
+        return ops.select(first_is_it, first, second)
+
+    def bprop(self, first_is_it, first, second, out, dout):
+        share = ops.cast(first_is_it, dout.dtype)
+        return ops.zeros_like(first_is_it), dout * share, dout * (1.0 - share)
+
+
+_choose = _Choose()
+
+
 class Holder(nn.Cell):
     """A holder that gives the parameters of a slot dotted names (`lora_A.weight`)."""
 
@@ -262,7 +276,7 @@ class Slot(nn.Cell):
 
     def unless_off(self, adapted: ms.Tensor, plain: ms.Tensor) -> ms.Tensor:
         """`adapted`, or `plain` while the slot is switched off; runs inside a graph."""
-        return ops.select(ops.not_equal(self.scaling, 0.0), adapted, plain)
+        return _choose(ops.not_equal(self.scaling, 0.0), adapted, plain)
 
 
 class SharedSlot(Slot):

@@ -148,6 +148,7 @@ class HRALinear(TurnedInput):
     def turned(self, x: ms.Tensor) -> ms.Tensor:
         # x (I - U T U^T)^T = x - (x U) T^T U^T
         u, middle = self.chain()
+        middle = self.unless_off(middle, ops.zeros_like(middle))
         seen = self.from_right(x.reshape((-1, x.shape[-1])), u)
         return x - self.linear(self.linear(seen, middle), u).reshape(x.shape)
 
