@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from mindspore import nn
 
+from mindpeft.memory import release_freed_memory
 from mindpeft.shared_layers import SharedLayers
 
 
@@ -38,19 +36,6 @@ class CompiledCell(nn.Cell):
         super().check_names()
         if self._sharing is not None:
             self._sharing.mark(self)
-
-
-@functools.cache
-def _trim() -> Callable[[int], int] | None:
-    """glibc's ``malloc_trim``; None with other C libraries."""
-    return getattr(ctypes.CDLL(None), "malloc_trim", None)
-
-
-def release_freed_memory() -> None:
-    """Give whole pages that are free inside the heap back to the system; does nothing without glibc."""
-    trim = _trim()
-    if trim is not None:
-        trim(0)
 
 
 def forget_compiled_graphs() -> None:

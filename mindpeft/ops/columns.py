@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import mindspore as ms
 import mindspore.nn as nn
 from mindspore import Tensor, ops
+
+from mindpeft.ops.cpu import kernels_on
+from mindpeft.ops.cpu.columns import ScaleColumnsKernel
 
 _tile = ops.Tile()
 
@@ -27,9 +31,16 @@ class _ScaleColumns(nn.Cell):
         return dout * _tile(factors.reshape((1, -1)), (x.shape[0], 1)), (dout * x).sum(0)
 
 
-_scale = _ScaleColumns()
-
-
-def scale_columns(x: Tensor, factors: Tensor) -> Tensor:
+class ScaleColumns(nn.Cell):
     """``x`` (..., columns) with each column multiplied by its factor, of which there are ``columns``."""
-    return _scale(x.reshape((-1, x.shape[-1])), factors.reshape((-1,))).reshape(x.shape)
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = ScaleColumnsKernel() if kernels_on() else None
+        self.composed = _ScaleColumns()
+
+    def construct(self, x: Tensor, factors: Tensor) -> Tensor:
+        factors = factors.reshape((-1,))
+        if self.kernel is not None and x.dtype == ms.float32 and factors.dtype == ms.float32:
+            return self.kernel(x, factors)
+        return self.composed(x.reshape((-1, x.shape[-1])), factors).reshape(x.shape)

@@ -18,8 +18,6 @@ from mindspore import nn, ops
 
 from mindpeft.config import PeftType, register_method
 from mindpeft.errors import InputError
-from mindpeft.ops.columns import scale_columns
-from mindpeft.ops.linear import linear
 from mindpeft.tuners.adalora_pruning import RankAllocation
 from mindpeft.tuners.base import Shapes, Site, Slot, Tensors, TunerLayer, check_linear, linear_features
 from mindpeft.tuners.hooks import TrainingHook
@@ -208,4 +206,4 @@ class AdaLoraLinear(LoraLinear):
 
     def update(self, x: ms.Tensor) -> ms.Tensor:
         factors = ops.reshape(self.lora_E, (-1,)) * self.scaling
-        return linear(scale_columns(linear(x, self.lora_A), factors), self.lora_B)
+        return self.linear(self.scale_columns(self.linear(x, self.lora_A), factors), self.lora_B)

@@ -50,7 +50,27 @@ class RankAllocation(TrainingHook):
         self.exp_avg_ipt = _constant(zeros, "adalora.exp_avg_ipt")
         self.exp_avg_unc = _constant(zeros, "adalora.exp_avg_unc")
         self.kept = _constant(np.full(total, -1, np.float32), "adalora.kept")  # -1: nothing was pruned yet
-        self.rows, self.columns = ops.MatMul(transpose_b=True), ops.MatMul(transpose_a=True)
+        self.whole = tuple(
+            tuple(p.shape) == shape for p, shape in zip(self.watched, self.shapes, strict=True)
+        )
+        self.groups = self.alike()
+        self.of_rows = tuple(places[0] % 3 == 0 for places in self.groups)
+        self.identities = tuple(
+            Tensor(np.tile(np.eye(self.ranks[places[0] // 3]), (len(places), 1, 1)), ms.float32)
+            for places in self.groups
+        )
+        self.rows, self.columns = ops.BatchMatMul(transpose_b=True), ops.BatchMatMul(transpose_a=True)
+
+    def alike(self) -> tuple[tuple[int, ...], ...]:
+        """The places of the As and of the Bs that aren't empty, those of one shape together.
+
+        A graph is a fraction of the size if it measures them together.
+        """
+        groups: dict[tuple[bool, tuple[int, ...]], list[int]] = {}
+        for place, shape in enumerate(self.shapes):
+            if place % 3 != 1 and self.ranks[place // 3] > 0:
+                groups.setdefault((place % 3 == 0, shape), []).append(place)
+        return tuple(map(tuple, groups.values()))
 
     def state(self) -> dict[str, Parameter]:
         return {"exp_avg_ipt": self.exp_avg_ipt, "exp_avg_unc": self.exp_avg_unc, "kept": self.kept}
@@ -66,22 +86,26 @@ class RankAllocation(TrainingHook):
 
     def true(self, tensor: Tensor, index: int) -> Tensor:
         """A slot's tensor in its adapter's true shape; runs inside a graph."""
+        if self.whole[index]:
+            return tensor
         rows, columns = self.shapes[index]
         return tensor[:rows, :columns]
 
     def penalty(self) -> Tensor:
         total = Tensor(0.0, ms.float32)
-        for i in range(len(self.ranks)):
-            if self.ranks[i] > 0:
-                a = self.true(self.parameters[3 * i], 3 * i).astype(ms.float32)
-                b = self.true(self.parameters[3 * i + 2], 3 * i + 2).astype(ms.float32)
-                total = total + self.distance(self.rows(a, a)) + self.distance(self.columns(b, b))
+        for i in range(len(self.groups)):
+            total = total + self.distances(i)
         return total * self.weight
 
-    def distance(self, square: Tensor) -> Tensor:
-        """How far a matrix is from the identity, in Frobenius' norm."""
-        difference = square - ops.eye(square.shape[0], square.shape[0], ms.float32)
-        return ops.sqrt(ops.sum(difference * difference))
+    def distances(self, group: int) -> Tensor:
+        """How far A A^T, or B^T B, is from the identity in Frobenius' norm, summed over a group."""
+        matrices = ()
+        for place in self.groups[group]:
+            matrices = (*matrices, self.true(self.parameters[place], place).astype(ms.float32))
+        stacked = ops.stack(matrices)
+        square = self.rows(stacked, stacked) if self.of_rows[group] else self.columns(stacked, stacked)
+        difference = square - self.identities[group]
+        return ops.sqrt((difference * difference).sum((1, 2))).sum()
 
     def after_update(self, values: tuple[Tensor, ...], gradients: tuple[Tensor, ...], step: Tensor) -> None:
         element_scores = self.smooth(values, gradients, step < self.last)

@@ -19,6 +19,8 @@ import numpy as np
 from mindspore import nn, ops
 
 from mindpeft.errors import InputError
+from mindpeft.ops.columns import ScaleColumns
+from mindpeft.ops.linear import Product
 from mindpeft.parameters import assign
 
 Tensors = dict[str, np.ndarray]  # tensor name -> value on the host, in the adapter's true shape
@@ -80,6 +82,20 @@ class Site:
     path: str
     config: Any
     targets: Mapping[str, nn.Cell]
+
+
+class _Choose(nn.Cell):
+    """One of two tensors of the same shape; Select's own gradient has zeros of that shape in the graph."""
+
+    def construct(self, first_is_it: ms.Tensor, first: ms.Tensor, second: ms.Tensor) -> ms.Tensor:
+        return ops.select(first_is_it, first, second)
+
+    def bprop(self, first_is_it, first, second, out, dout):
+        share = ops.cast(first_is_it, dout.dtype)
+        return ops.zeros_like(first_is_it), dout * share, dout * (1.0 - share)
+
+
+_choose = _Choose()
 
 
 class Holder(nn.Cell):
@@ -262,7 +278,7 @@ class Slot(nn.Cell):
 
     def unless_off(self, adapted: ms.Tensor, plain: ms.Tensor) -> ms.Tensor:
         """`adapted`, or `plain` while the slot is switched off; runs inside a graph."""
-        return ops.select(ops.not_equal(self.scaling, 0.0), adapted, plain)
+        return _choose(ops.not_equal(self.scaling, 0.0), adapted, plain)
 
 
 class SharedSlot(Slot):
@@ -275,6 +291,9 @@ class TunerLayer(Slot):
     Args:
         base_layer: the original cell, or another layer around it.
         shared: the adapter's `SharedSlot`, if the method has one.
+
+    Attributes:
+        linear, scale_columns: the device's own product with a matrix, and with a factor for each column.
     """
 
     def __init__(
@@ -289,6 +308,7 @@ class TunerLayer(Slot):
         super().__init__(path, shapes, dtype, number)
         self.base_layer = base_layer
         self.shared = shared
+        self.linear, self.scale_columns = Product(), ScaleColumns()
         self.is_product = False  # more than the product that `mindpeft.nn.Linear` without a bias is
 
     @classmethod

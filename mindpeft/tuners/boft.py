@@ -16,7 +16,7 @@ from mindspore import nn, ops
 
 from mindpeft.config import PeftType, register_method
 from mindpeft.errors import InputError
-from mindpeft.ops.columns import every_row, scale_columns
+from mindpeft.ops.columns import every_row
 from mindpeft.tuners.base import (
     Shapes,
     Site,
@@ -172,7 +172,7 @@ class BOFTLinear(TurnedBlocks):
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         result = self.base_layer(self.turned_input(x))
         factors = self.unless_off(self.boft_s, ops.ones_like(self.boft_s)).reshape((-1,))
-        scaled = scale_columns(ops.cast(result, self.slot_dtype), factors)
+        scaled = self.scale_columns(ops.cast(result, self.slot_dtype), factors)
         if self.biased:  # s * (y - b) + b
             bias = ops.cast(self.cell.bias, self.slot_dtype)
             scaled = scaled + every_row(bias * (1.0 - factors), scaled)

@@ -19,7 +19,6 @@ from mindspore import nn, ops
 
 from mindpeft.config import PeftType, register_method
 from mindpeft.errors import InputError
-from mindpeft.ops.linear import linear
 from mindpeft.targets import LORA_TARGETS
 from mindpeft.tuners.base import Shapes, Site, Tensors, TunerLayer, check_linear, linear_features
 from mindpeft.tuners.targeted import TargetedConfig, check_choice, check_count
@@ -129,7 +128,7 @@ class C3ALinear(TunerLayer):
         result = self.base_layer(x)
         kernel = self.c3a_kernel * (self.scaling * (1.0 / self.shape[1]))
         delta = ops.gather(kernel.reshape((-1,)), self.places, 0).reshape(self.shape)
-        update = linear(ops.cast(x, self.slot_dtype), delta)
+        update = self.linear(ops.cast(x, self.slot_dtype), delta)
         return ops.cast(ops.cast(result, self.slot_dtype) + update, result.dtype)
 
 

@@ -15,9 +15,7 @@ import numpy as np
 from mindspore import nn, ops
 
 from mindpeft.config import PeftType, register_method
-from mindpeft.ops.columns import scale_columns
 from mindpeft.ops.dropout import dropout
-from mindpeft.ops.linear import linear
 from mindpeft.targets import pattern_value
 from mindpeft.tuners.base import (
     Shapes,
@@ -147,11 +145,11 @@ class DeloraLinear(TunerLayer):
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         result = self.base_layer(x)
-        seen = scale_columns(self.dropout(ops.cast(x, self.slot_dtype)), self.delora_w_norm)
+        seen = self.scale_columns(self.dropout(ops.cast(x, self.slot_dtype)), self.delora_w_norm)
         lengths = length_of(self.delora_A, 1) * length_of(self.delora_B, 0)
         strength = ops.tile(self.delora_lambda * self.scaling, (lengths.shape[0],))
-        hidden = scale_columns(linear(seen, self.delora_A), strength * ops.reciprocal(lengths))
-        update = linear(hidden, self.delora_B)
+        hidden = self.scale_columns(self.linear(seen, self.delora_A), strength * ops.reciprocal(lengths))
+        update = self.linear(hidden, self.delora_B)
         return ops.cast(ops.cast(result, self.slot_dtype) + update, result.dtype)
 
 

@@ -11,8 +11,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from mindpeft.ops.columns import every_row, scale_columns
-from mindpeft.ops.linear import linear
+from mindpeft.ops.columns import every_row
 from mindpeft.ops.random import standard_normal
 from mindpeft.parameters import CLASSIC_NAMES
 from mindpeft.tuners.base import Shapes, Site, Tensors, TunerLayer, is_transposed, original
@@ -196,7 +195,7 @@ class DiffLinear(DiffLayer):
         result = self.base_layer(x)
         rows = ops.reshape(ops.cast(x, self.slot_dtype), (-1, x.shape[-1]))
         difference = self.weight_difference()
-        update = ops.matmul(rows, difference) if self.transposed else linear(rows, difference)
+        update = ops.matmul(rows, difference) if self.transposed else self.linear(rows, difference)
         if self.biased:
             update = ops.bias_add(update, self.bias_difference())
         return self.added(result, ops.reshape(update, result.shape))
@@ -236,7 +235,7 @@ class DiffNorm(DiffLayer):
 
     def construct(self, x: Tensor) -> Tensor:
         result = self.base_layer(x)
-        update = scale_columns(self.plain_norm(ops.cast(x, self.slot_dtype)), self.weight_difference())
+        update = self.scale_columns(self.plain_norm(ops.cast(x, self.slot_dtype)), self.weight_difference())
         if self.biased:
             update = update + every_row(self.bias_difference(), update)
         return self.added(result, update)

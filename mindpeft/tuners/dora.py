@@ -12,8 +12,6 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
 
-from mindpeft.ops.columns import scale_columns
-from mindpeft.ops.linear import linear
 from mindpeft.tuners.base import Shapes, Site, Tensors, is_transposed, original, weight_attribute
 from mindpeft.tuners.lora_layers import LoraEmbedding, LoraLayer, LoraLinear
 
@@ -91,7 +89,7 @@ class DoraLinear(DoraLayer, LoraLinear):
         update = self.update(dropped)
         factors = self.factors_less_one(self.cell.weight, self.lora_A.weight, self.lora_B.weight)
         # Off, the update and the factors are zeros, which leave the result as it is.
-        adapted = total + update + scale_columns(self.product_of(dropped, total) + update, factors)
+        adapted = total + update + self.scale_columns(self.product_of(dropped, total) + update, factors)
         return ops.cast(adapted, result.dtype)
 
     def product_of(self, dropped: ms.Tensor, result: ms.Tensor) -> ms.Tensor:
@@ -101,7 +99,7 @@ class DoraLinear(DoraLayer, LoraLinear):
             if self.transposed:
                 rows = _product(dropped.reshape((-1, dropped.shape[-1])), weight)
                 return rows.reshape(result.shape)
-            return linear(dropped, weight)
+            return self.linear(dropped, weight)
         if self.cell.bias is None:
             return result
         rows = result.reshape((-1, result.shape[-1]))
@@ -124,4 +122,4 @@ class DoraEmbedding(DoraLayer, LoraEmbedding):
         weight = self.cell.embedding_table if self.is_classic else self.cell.weight
         factors = self.factors_less_one(weight, self.lora_embedding_A, self.lora_embedding_B)
         total = ops.cast(result, self.slot_dtype) + ops.reshape(self.update(ids), result.shape)
-        return ops.cast(total + scale_columns(total, factors), result.dtype)
+        return ops.cast(total + self.scale_columns(total, factors), result.dtype)

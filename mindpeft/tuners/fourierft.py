@@ -16,7 +16,6 @@ from mindspore import nn, ops
 
 from mindpeft.config import PeftType, register_method
 from mindpeft.errors import InputError
-from mindpeft.ops.linear import linear
 from mindpeft.parameters import assign
 from mindpeft.targets import LORA_TARGETS
 from mindpeft.tuners.base import (
@@ -182,5 +181,5 @@ class FourierFTLinear(TunerLayer):
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         result = self.base_layer(x)
         delta = self.to_weight(self.fourierft_spectrum * self.scaling, self.places)
-        update = linear(ops.cast(x, self.slot_dtype), delta)
+        update = self.linear(ops.cast(x, self.slot_dtype), delta)
         return ops.cast(ops.cast(result, self.slot_dtype) + update, result.dtype)

@@ -17,8 +17,8 @@ from mindspore import nn, ops
 
 from mindpeft.config import PeftType, register_method
 from mindpeft.errors import InputError
+from mindpeft.ops.attention import MergeHeads, SplitHeads
 from mindpeft.ops.dropout import dropout
-from mindpeft.ops.linear import linear
 from mindpeft.tuners.base import (
     Shapes,
     Site,
@@ -153,18 +153,20 @@ class GraloraLinear(TunerLayer):
     def reserve(self, shapes: Shapes) -> bool:
         changed = super().reserve(shapes)
         self.hybrid = GENERAL[0] in self.slot_shapes
+        parts = self.slot_shapes[BLOCKS[0]][0]
+        self.split, self.merge = SplitHeads(parts), MergeHeads(parts)
         return changed
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         result = self.base_layer(x)
         parts, width, r = self.gralora_A.shape
         value = ops.cast(x, self.slot_dtype)
-        rows = ops.transpose(self.dropout(value).reshape((-1, parts, width)), (1, 0, 2))
+        rows = self.split(self.dropout(value).reshape((1, -1, parts * width))).reshape((parts, -1, width))
         hidden = self.matmul(rows, self.gralora_A) * self.scaling  # (from part, rows, to part and column)
         hidden = ops.transpose(hidden.reshape((parts, -1, parts, r // parts)), (2, 1, 0, 3))
         update = self.matmul(hidden.reshape((parts, -1, r)), self.gralora_B)
-        update = ops.transpose(update, (1, 0, 2)).reshape(result.shape)
+        update = self.merge(update.reshape((1, *update.shape))).reshape(result.shape)
         if self.hybrid:
-            general = linear(self.dropout(value), self.gralora_A_general.weight) * self.scaling
-            update = update + linear(general, self.gralora_B_general.weight)
+            general = self.linear(self.dropout(value), self.gralora_A_general.weight) * self.scaling
+            update = update + self.linear(general, self.gralora_B_general.weight)
         return ops.cast(ops.cast(result, self.slot_dtype) + update, result.dtype)

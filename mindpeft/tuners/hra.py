@@ -19,7 +19,6 @@ import numpy as np
 from mindspore import nn, ops
 
 from mindpeft.config import PeftType, register_method
-from mindpeft.ops.linear import linear
 from mindpeft.tuners.base import (
     Shapes,
     Site,
@@ -149,8 +148,9 @@ class HRALinear(TurnedInput):
     def turned(self, x: ms.Tensor) -> ms.Tensor:
         # x (I - U T U^T)^T = x - (x U) T^T U^T
         u, middle = self.chain()
+        middle = self.unless_off(middle, ops.zeros_like(middle))
         seen = self.from_right(x.reshape((-1, x.shape[-1])), u)
-        return x - linear(linear(seen, middle), u).reshape(x.shape)
+        return x - self.linear(self.linear(seen, middle), u).reshape(x.shape)
 
 
 class HRAConv2d(TurnedKernel, HRALinear):
@@ -163,4 +163,4 @@ class HRAConv2d(TurnedKernel, HRALinear):
     def turned_rows(self, rows: ms.Tensor) -> ms.Tensor:
         u, middle = self.chain()
         seen = self.from_right(self.from_right(rows, u), middle)
-        return rows - linear(seen, u)
+        return rows - self.linear(seen, u)

@@ -16,7 +16,6 @@ from mindspore import nn, ops
 
 from mindpeft.config import PeftType, register_method
 from mindpeft.errors import InputError
-from mindpeft.ops.columns import scale_columns
 from mindpeft.tuners.base import (
     Shapes,
     Site,
@@ -137,7 +136,7 @@ class IA3Layer(TunerLayer):
         """``x`` with its columns scaled, in its own dtype."""
         # Choosing between factors rather than between results: these are as large as the batch.
         factors = self.unless_off(self.ia3_l, ops.ones_like(self.ia3_l))
-        return ops.cast(scale_columns(ops.cast(x, self.slot_dtype), factors), x.dtype)
+        return ops.cast(self.scale_columns(ops.cast(x, self.slot_dtype), factors), x.dtype)
 
 
 class IA3Output(IA3Layer):

@@ -16,7 +16,6 @@ from mindspore import nn, ops
 
 from mindpeft.config import PeftType, register_method
 from mindpeft.errors import InputError
-from mindpeft.ops.linear import linear
 from mindpeft.tuners.base import Shapes, Site, Tensors, TunerLayer, kaiming_uniform
 from mindpeft.tuners.lycoris import LycorisConfig, LycorisConvolution, LycorisLayer, is_convolution, rebuilt
 
@@ -73,7 +72,7 @@ class LoHaLinear(LoHaLayer):
         (n_out, rank), n_in = tall[0].shape, x.shape[-1]
         if rank * rank * (n_in + n_out) >= n_in * n_out:
             delta = _matmul(tall[0], wide[0] * factor) * _matmul(tall[1], wide[1])
-            return linear(x, delta)
+            return self.linear(x, delta)
         # The same as a product of two thin matrices, whose r^2 columns and rows are element-wise products of
         # one column (row) of each factor: D itself, as large as W, is never made.
         rows = _tile(wide[0].reshape((rank, 1, n_in)), (1, rank, 1)) * _tile(
@@ -82,8 +81,8 @@ class LoHaLinear(LoHaLayer):
         columns = _tile(tall[0].reshape((n_out, rank, 1)), (1, 1, rank)) * _tile(
             tall[1].reshape((n_out, 1, rank)), (1, rank, 1)
         )
-        hidden = linear(x, rows.reshape((rank * rank, n_in))) * factor
-        return linear(hidden, columns.reshape((n_out, rank * rank)))
+        hidden = self.linear(x, rows.reshape((rank * rank, n_in))) * factor
+        return self.linear(hidden, columns.reshape((n_out, rank * rank)))
 
 
 class LoHaConvolution(LycorisConvolution, LoHaLayer):

@@ -18,7 +18,6 @@ from mindspore import nn, ops
 
 from mindpeft.config import PeftType, register_method
 from mindpeft.errors import InputError
-from mindpeft.ops.linear import linear
 from mindpeft.tuners.base import Shapes, Site, Tensors, TunerLayer, kaiming_uniform
 from mindpeft.tuners.lycoris import LycorisConfig, LycorisConvolution, LycorisLayer, is_convolution, rebuilt
 from mindpeft.tuners.targeted import check_choice
@@ -168,10 +167,12 @@ class LoKrLinear(LoKrLayer):
     def right_product(self, rows: ms.Tensor) -> ms.Tensor:
         """C2 times each of the rows (rows, n)."""
         if "lokr_w2" not in self.names:
-            return linear(linear(rows, self.lokr_w2_b), self.lokr_w2_a)
+            return self.linear(self.linear(rows, self.lokr_w2_b), self.lokr_w2_a)
         if "lokr_w2_a" not in self.names:
-            return linear(rows, self.lokr_w2)
-        return linear(rows, self.lokr_w2) + linear(linear(rows, self.lokr_w2_b), self.lokr_w2_a)
+            return self.linear(rows, self.lokr_w2)
+        return self.linear(rows, self.lokr_w2) + self.linear(
+            self.linear(rows, self.lokr_w2_b), self.lokr_w2_a
+        )
 
     def product(self, x: ms.Tensor, factor: ms.Tensor) -> ms.Tensor:
         # kron(C1, C2) x = C1 X C2^T for x laid out as X (m, n): the product, as large as W, is never made.

@@ -18,7 +18,6 @@ from mindpeft.ops.cpu import kernels_on
 from mindpeft.ops.cpu.dropout import Noise
 from mindpeft.ops.cpu.linear import WEIGHT_TYPES, LoraBiasKernel, LoraKernel
 from mindpeft.ops.dropout import dropout
-from mindpeft.ops.linear import linear
 from mindpeft.targets import pattern_value
 from mindpeft.tuners.base import (
     Shapes,
@@ -151,10 +150,10 @@ class LoraLinear(LoraLayer):
     def update(self, x: ms.Tensor) -> ms.Tensor:
         """s B A x, for the input after dropout, in the slot's dtype; runs inside a graph."""
         # The scaling goes where the numbers are fewest: on the r columns between A and B.
-        hidden = linear(x, self.lora_A.weight) * self.scaling
+        hidden = self.linear(x, self.lora_A.weight) * self.scaling
         if self.biased:
-            return linear(hidden, self.lora_B.weight, self.lora_B.bias * self.scaling)
-        return linear(hidden, self.lora_B.weight)
+            return self.linear(hidden, self.lora_B.weight, self.lora_B.bias * self.scaling)
+        return self.linear(hidden, self.lora_B.weight)
 
     def joined(self, x: ms.Tensor) -> ms.Tensor:
         """Both in one kernel; runs inside a graph."""

@@ -10,7 +10,6 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
 
-from mindpeft.ops.columns import scale_columns
 from mindpeft.ops.random import standard_normal
 from mindpeft.targets import pattern_value
 from mindpeft.tuners.base import Shapes, Site, Tensors, TunerLayer, check_linear, original, refuse_cell
@@ -135,7 +134,7 @@ class LycorisLayer(TunerLayer):
 
     def scale_rows(self, update: ms.Tensor, factors: ms.Tensor) -> ms.Tensor:
         """The update with each row of the delta multiplied by its factor; runs inside a graph."""
-        return scale_columns(update, factors)
+        return self.scale_columns(update, factors)
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         result = self.base_layer(x)

@@ -17,7 +17,6 @@ from mindspore import nn, ops
 from mindpeft.config import PeftType, register_method
 from mindpeft.errors import InputError
 from mindpeft.ops.dropout import dropout
-from mindpeft.ops.linear import linear
 from mindpeft.tuners.base import (
     Shapes,
     Site,
@@ -159,7 +158,7 @@ class MissLinear(MissLayer):
         return changed
 
     def update(self, x: ms.Tensor) -> ms.Tensor:
-        sums = linear(self.dropout(x), self.shards) * self.scaling
+        sums = self.linear(self.dropout(x), self.shards) * self.scaling
         narrow = self.product(sums.reshape((-1, sums.shape[-1])), self.miss_block)
         return self.tile(narrow, (1, self.n_out // narrow.shape[1])).reshape((*x.shape[:-1], self.n_out))
 
@@ -189,4 +188,6 @@ class MissBatLinear(MissLayer):
         weight = ops.cast(self.cell.weight, self.slot_dtype)
         # r rows of W are, as they lie in memory, the rows of all its shards (of r columns) in these r rows.
         shards = self.product(weight.reshape((blocks, -1, rank)), block).reshape(weight.shape)
-        return linear(x, shards) + linear(linear(x, self.shards), block.reshape((blocks * rank, rank)))
+        return self.linear(x, shards) + self.linear(
+            self.linear(x, self.shards), block.reshape((blocks * rank, rank))
+        )

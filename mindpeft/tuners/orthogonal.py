@@ -11,7 +11,6 @@ from mindspore import nn, ops
 
 from mindpeft.errors import InputError
 from mindpeft.ops.attention import MergeHeads, SplitHeads
-from mindpeft.ops.linear import linear
 from mindpeft.tuners.base import Shapes, Site, Tensors, TunerLayer, original
 
 _MOST_GROUPS = 32  # of columns that are turned apart from each other
@@ -30,12 +29,12 @@ class TurnedInput(TunerLayer):
         return {"weight": weights["weight"] @ cls.rotation(site, tensors).T}
 
     def turned(self, x: ms.Tensor) -> ms.Tensor:
-        """x R for x in the slot's dtype; runs inside a graph."""
+        """x R for x in the slot's dtype, with R = I while the slot is switched off; runs inside a graph."""
         raise NotImplementedError
 
     def turned_input(self, x: ms.Tensor) -> ms.Tensor:
-        """x R, or x while the slot is switched off, in x's dtype."""
-        return self.unless_off(ops.cast(self.turned(ops.cast(x, self.slot_dtype)), x.dtype), x)
+        """The same in x's dtype."""
+        return ops.cast(self.turned(ops.cast(x, self.slot_dtype)), x.dtype)
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         return self.base_layer(self.turned_input(x))
@@ -173,9 +172,10 @@ class TurnedBlocks(TurnedInput):
 
     def turned(self, x: ms.Tensor) -> ms.Tensor:
         matrices = self.blocks()
+        matrices = self.unless_off(matrices, identities(matrices))
         if matrices.shape[0] == 1:
             rows = x.reshape((-1, matrices.shape[-1]))
-            return linear(rows, ops.transpose(matrices[0], (1, 0))).reshape(x.shape)
+            return self.linear(rows, ops.transpose(matrices[0], (1, 0))).reshape(x.shape)
         return self.rotate(x, self.dropped(matrices))
 
 

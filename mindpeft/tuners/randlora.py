@@ -19,7 +19,6 @@ from mindspore import nn, ops
 from mindpeft.config import PeftType, register_method
 from mindpeft.errors import InputError
 from mindpeft.ops.dropout import dropout
-from mindpeft.ops.linear import linear
 from mindpeft.tuners.base import (
     Shapes,
     SharedSlot,
@@ -218,7 +217,7 @@ class RandLoraLinear(TunerLayer):
         second = second.reshape((self.most, first.shape[0]))
         hidden = self.dropout(ops.cast(x, self.slot_dtype))
         if self.narrow_input:
-            update = linear(linear(hidden, first), second)
+            update = self.linear(self.linear(hidden, first), second)
         else:
             rows = ops.matmul(ops.matmul(hidden.reshape((-1, self.most)), second), first)
             update = rows.reshape(result.shape)

@@ -16,7 +16,6 @@ from mindspore import nn, ops
 
 from mindpeft.config import PeftType, register_method
 from mindpeft.errors import InputError
-from mindpeft.ops.columns import scale_columns
 from mindpeft.tuners.base import Shapes, Site, Tensors, TunerLayer, check_linear, linear_features
 from mindpeft.tuners.targeted import TargetedConfig, check_choice
 
@@ -130,5 +129,5 @@ class RoadLinear(TunerLayer):
         second = self.for_each_feature(self.road_alpha * ops.sin(self.road_theta), 1)
         one, other = self.halves(y.reshape((-1, 2, self.group // 2)))
         turned = self.join((-other, one)).reshape(y.shape)
-        kept = scale_columns(y, self.unless_off(first, ops.ones_like(first)))
-        return ops.cast(kept + scale_columns(turned, second * self.scaling), result.dtype)
+        kept = self.scale_columns(y, self.unless_off(first, ops.ones_like(first)))
+        return ops.cast(kept + self.scale_columns(turned, second * self.scaling), result.dtype)

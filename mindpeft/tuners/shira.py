@@ -15,7 +15,6 @@ from mindspore import nn, ops
 
 from mindpeft.config import PeftType, register_method
 from mindpeft.errors import InputError
-from mindpeft.ops.linear import linear
 from mindpeft.targets import LORA_TARGETS
 from mindpeft.tuners.base import Shapes, Site, Tensors, TunerLayer, check_linear, linear_features, original
 from mindpeft.tuners.fourierft import MOST_PLACES, places_of
@@ -143,5 +142,5 @@ class ShiraLinear(TunerLayer):
         places = self.shira_indices[0] * self.shape[1] + self.shira_indices[1]
         delta = ops.zeros((self.shape[0] * self.shape[1],), self.slot_dtype)
         delta = ops.tensor_scatter_elements(delta, places, self.shira_weight * self.scaling)
-        update = linear(ops.cast(x, self.slot_dtype), delta.reshape(self.shape))
+        update = self.linear(ops.cast(x, self.slot_dtype), delta.reshape(self.shape))
         return ops.cast(ops.cast(result, self.slot_dtype) + update, result.dtype)

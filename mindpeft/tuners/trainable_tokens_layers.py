@@ -9,7 +9,6 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
 
-from mindpeft.ops.linear import linear
 from mindpeft.parameters import assign
 from mindpeft.tuners.base import (
     Shapes,
@@ -135,7 +134,7 @@ class TokenColumns(TokenRows):
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         result = self.base_layer(x)
-        scores = linear(ops.reshape(ops.cast(x, self.slot_dtype), (-1, self.dim)), self.rows())
+        scores = self.linear(ops.reshape(ops.cast(x, self.slot_dtype), (-1, self.dim)), self.rows())
         new = ops.gather(scores, ops.maximum(self.row_of, 0), 1)
         if self.biased:
             new = ops.bias_add(new, ops.cast(self.cell.bias, self.slot_dtype))

@@ -17,7 +17,6 @@ from mindspore import nn, ops
 from mindpeft.config import PeftType, register_method
 from mindpeft.errors import InputError
 from mindpeft.ops.dropout import dropout
-from mindpeft.ops.linear import linear
 from mindpeft.targets import LORA_TARGETS
 from mindpeft.tuners.base import (
     Shapes,
@@ -263,6 +262,6 @@ class VBLoRALinear(TunerLayer):
         rank = self.vblora_logits_A.shape[0]
         first = self.mixed(self.vblora_logits_A).reshape((rank, -1))
         second = ops.transpose(self.mixed(self.vblora_logits_B), (0, 2, 1)).reshape((-1, rank))
-        hidden = linear(self.dropout(ops.cast(x, self.slot_dtype)), first) * self.scaling
-        update = linear(hidden, second)
+        hidden = self.linear(self.dropout(ops.cast(x, self.slot_dtype)), first) * self.scaling
+        update = self.linear(hidden, second)
         return ops.cast(ops.cast(result, self.slot_dtype) + update, result.dtype)

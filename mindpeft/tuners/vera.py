@@ -16,9 +16,7 @@ from mindspore import nn, ops
 
 from mindpeft.config import PeftType, register_method
 from mindpeft.errors import InputError
-from mindpeft.ops.columns import scale_columns
 from mindpeft.ops.dropout import dropout
-from mindpeft.ops.linear import linear
 from mindpeft.targets import LORA_TARGETS
 from mindpeft.tuners.base import (
     Shapes,
@@ -159,8 +157,8 @@ class VeraLinear(TunerLayer):
         result = self.base_layer(x)
         first = ops.cast(self.shared.vera_A, self.slot_dtype)[:, : x.shape[-1]]
         second = ops.cast(self.shared.vera_B, self.slot_dtype)[: result.shape[-1]]
-        hidden = linear(self.dropout(ops.cast(x, self.slot_dtype)), first)
-        hidden = scale_columns(hidden, self.vera_lambda_d * self.scaling)
-        update = scale_columns(linear(hidden, second), self.vera_lambda_b)
+        hidden = self.linear(self.dropout(ops.cast(x, self.slot_dtype)), first)
+        hidden = self.scale_columns(hidden, self.vera_lambda_d * self.scaling)
+        update = self.scale_columns(self.linear(hidden, second), self.vera_lambda_b)
         total = ops.cast(result, self.slot_dtype) + update
         return ops.cast(total, result.dtype)

@@ -18,7 +18,6 @@ from mindspore import nn, ops
 
 from mindpeft.config import PeftType, register_method
 from mindpeft.errors import InputError
-from mindpeft.ops.linear import linear
 from mindpeft.parameters import assign
 from mindpeft.targets import LORA_TARGETS, pattern_value
 from mindpeft.tuners.base import (
@@ -238,9 +237,9 @@ class WaveFTLinear(TunerLayer):
         sparse = ops.tensor_scatter_elements(
             ops.zeros((height * width,), self.slot_dtype), self.places, values
         )
-        return linear(self.matmul(self.rows, sparse.reshape((height, width))), self.columns)
+        return self.linear(self.matmul(self.rows, sparse.reshape((height, width))), self.columns)
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         result = self.base_layer(x)
-        update = linear(ops.cast(x, self.slot_dtype), self.delta())
+        update = self.linear(ops.cast(x, self.slot_dtype), self.delta())
         return ops.cast(ops.cast(result, self.slot_dtype) + update, result.dtype)

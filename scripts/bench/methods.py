@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tables import ROOT, write_rows
 
-ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "scripts" / "recipes" / "methods.yaml"
-BEGIN, END = "<!-- table: scripts/bench/methods.py -->", "<!-- end of table -->"
 # File -> the heads of the table's columns.
 DOCUMENTS = {
     "README.md": "| method | accuracy, % | trained numbers | share, % | median step, ms | peak memory, MiB |",
@@ -119,18 +118,6 @@ def row(name: str, found: dict[str, float]) -> str:
     )
 
 
-def write(rows: dict[str, str]) -> None:
-    """Put these rows into the tables of the documents, in the order of ``METHODS``."""
-    for name, heads in DOCUMENTS.items():
-        path = ROOT / name
-        before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-        table, _, after = rest.partition(END)
-        kept = {line.split(" | ")[0].removeprefix("| "): line for line in table.splitlines()[3:] if line}
-        lines = [line for method in METHODS if (line := {**kept, **rows}.get(method))]
-        text = "\n".join([heads, "|---" * 6 + "|", *lines])
-        path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -142,7 +129,8 @@ def main() -> None:
     for name in arguments.only or METHODS:
         line = row(name, run(name, arguments.folder.resolve()))
         print(line, flush=True)
-        write({name: line})
+        for document, head in DOCUMENTS.items():
+            write_rows(document, Path(__file__).name, head, {name: line}, METHODS)
 
 
 if __name__ == "__main__":

@@ -27,11 +27,18 @@ def serve(make_step: Callable[[], Callable[[], float]]) -> None:
     """
     built = time.perf_counter()
     step = make_step()
-    _say({"setup": time.perf_counter() - built})
+    _say({"setup": time.perf_counter() - built, "memory": peak_memory_gb()})
     for _ in sys.stdin:
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         loss = step()
-        _say({"seconds": time.perf_counter() - began, "loss": loss, "memory": peak_memory_gb()})
+        _say(
+            {
+                "seconds": time.perf_counter() - began,
+                "cpu_seconds": time.process_time() - worked,
+                "loss": loss,
+                "memory": peak_memory_gb(),
+            }
+        )
 
 
 def _say(message: dict[str, float]) -> None:
@@ -56,7 +63,7 @@ class Side:
             text=True,
         )
         self.steps: list[dict[str, float]] = []
-        self._hear()
+        self.ready = self._hear()
 
     def _hear(self) -> dict[str, Any]:
         for line in self.process.stdout:
@@ -71,16 +78,21 @@ class Side:
         self.steps.append(self._hear())
 
     def close(self) -> dict[str, float]:
-        """End the side and return its figures; the first step, which compiles, stands apart."""
+        """End the side and return its figures; the first step, which compiles, stands apart.
+
+        ``memory_before`` is the peak after imports and loading, before any step.
+        """
         self.process.stdin.close()
         self.process.wait()
         later = [step["seconds"] for step in self.steps[1:]]
         median = statistics.median(later)
         return {
             "step": median,
+            "cpu": statistics.median(step["cpu_seconds"] for step in self.steps[1:]),
             "fastest": min(later),
             "first": self.steps[0]["seconds"],
             "memory": self.steps[-1]["memory"],
+            "memory_before": self.ready["memory"],
             "first_loss": self.steps[0]["loss"],
             "last_loss": self.steps[-1]["loss"],
         }

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,8 +81,14 @@ def no_dropout(config: Any) -> dict[str, float]:
     return {key: 0.0 for key in keys if hasattr(config, key)}
 
 
-def torch_step(folder: str, shape: str):
-    """Return torch + peft's step."""
+def torch_step(folder: str, shape: str, adapt: Callable[[Any], Any] | None = None):
+    """Return torch + peft's step.
+
+    Args:
+        folder: of the checkpoint.
+        shape: a key of ``SHAPES``.
+        adapt: makes of the model what is trained; None for LoRA.
+    """
     import torch
     import transformers
     from peft import LoraConfig, get_peft_model
@@ -91,7 +98,7 @@ def torch_step(folder: str, shape: str):
     auto = getattr(transformers, SHAPES[shape].auto)
     dtype = getattr(torch, SHAPES[shape].dtype)
     model = auto.from_pretrained(folder, dtype=dtype, **no_dropout(config))
-    model = get_peft_model(model, LoraConfig(**lora_arguments(shape)))
+    model = adapt(model) if adapt else get_peft_model(model, LoraConfig(**lora_arguments(shape)))
     if SHAPES[shape].checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -111,8 +118,8 @@ def torch_step(folder: str, shape: str):
     return step
 
 
-def mindpeft_step(folder: str, shape: str):
-    """Return mindpeft's step, compiled by its first call."""
+def mindpeft_step(folder: str, shape: str, adapt: Callable[[Any], Any] | None = None):
+    """Return mindpeft's step, compiled by its first call; the arguments are those of ``torch_step``."""
     import mindspore as ms
 
     from mindpeft import LoraConfig, get_peft_model, models
@@ -124,13 +131,14 @@ def mindpeft_step(folder: str, shape: str):
     config = models.AutoConfig.from_pretrained(folder)
     auto = getattr(models, SHAPES[shape].auto)
     model = auto.from_pretrained(folder, dtype=SHAPES[shape].dtype, **no_dropout(config))
-    model = get_peft_model(model, LoraConfig(**lora_arguments(shape)))
+    model = adapt(model) if adapt else get_peft_model(model, LoraConfig(**lora_arguments(shape)))
     if SHAPES[shape].checkpointing:
         model.gradient_checkpointing_enable()
     model.set_train()
     columns = batch(shape)
     optimizer = AdamW(model, weight_decay=0.01)
-    step_cell = TrainStep(model, tuple(columns), optimizer, max_grad_norm=1.0)
+    hooks = model.training_hooks()
+    step_cell = TrainStep(model, tuple(columns), optimizer, max_grad_norm=1.0, hooks=hooks)
     tensors = [ms.Tensor(value.astype(np.int32)) for value in columns.values()]
     update, share = ms.Tensor(True), ms.Tensor(1.0, ms.float32)
     taken = 0

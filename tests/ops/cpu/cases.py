@@ -214,6 +214,12 @@ def norm(name: str) -> Maker:
     return make
 
 
+def columns(random: Random) -> Iterator[Case]:
+    while True:
+        width = random.pick(SIZES)
+        yield Case("scale_columns", (random.normal(*random.lead(), width), random.normal(width)))
+
+
 def elementwise(name: str, count: int) -> Maker:
     def make(random: Random) -> Iterator[Case]:
         while True:
@@ -296,6 +302,7 @@ EXACT: dict[str, Maker] = {
     "described_attention": described_attention,
     "rms_norm": norm("rms_norm"),
     "layer_norm": norm("layer_norm"),
+    "scale_columns": columns,
     **{name: elementwise(name, 1) for name in ("gelu", "tanh_gelu", "silu")},
     **{f"{name}_gate": elementwise(f"{name}_gate", 2) for name in ("gelu", "tanh_gelu", "silu")},
     "split_heads": heads_apart,

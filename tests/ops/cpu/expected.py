@@ -111,6 +111,10 @@ def layer_norm(x, weight, bias, eps):
     return F.layer_norm(x, weight.shape, weight, bias, eps.item())
 
 
+def scale_columns(x, factors):
+    return x * factors
+
+
 ACTIVATIONS = {"gelu": F.gelu, "tanh_gelu": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
 
 
@@ -154,6 +158,7 @@ def embedding(weight, ids):
 
 _by_name = (linear, lora, lora_bias, attention, masked_attention, described_attention, rms_norm, layer_norm)
 _by_name = (*_by_name, loss, split_heads, merge_heads, split_and_turn, split_and_turn_neighbours, embedding)
+_by_name = (*_by_name, scale_columns)
 FAMILIES = {
     **{family.__name__: family for family in _by_name},
     "linear_bias": linear,

@@ -151,6 +151,15 @@ def layer_norm(kernels: Kernels, x, weight, bias, eps):
     return [y, dx, dweight, kernels.one("sum_rows", dy, to=bias.shape)]
 
 
+def scale_columns(kernels: Kernels, x, factors):
+    dy = cotangent(x.shape)
+    return [
+        kernels.one("scale_columns", x, factors, to=x.shape),
+        kernels.one("scale_columns", dy, factors, to=x.shape),
+        kernels.one("scale_columns_grad", x, dy, to=factors.shape),
+    ]
+
+
 def activation(name: str):
     def family(kernels: Kernels, x):
         return [
@@ -236,7 +245,7 @@ def adamw(kernels: Kernels, *tensors):
 _by_name = (linear, linear_bias, lora, lora_bias, attention, masked_attention, rms_norm, layer_norm, loss)
 FAMILIES = {
     **{family.__name__: family for family in (*_by_name, split_heads, merge_heads, embedding)},
-    **{family.__name__: family for family in (cached_attention, adamw)},
+    **{family.__name__: family for family in (cached_attention, adamw, scale_columns)},
     "described_attention": masked_attention,
     **{family.__name__: family for family in (lora_with_dropout, attention_with_dropout)},
     **{name: activation(name) for name in ("gelu", "tanh_gelu", "silu")},

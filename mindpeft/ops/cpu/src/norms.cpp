@@ -1,32 +1,14 @@
 // Layer normalisation and its variant without a mean, over the last axis.
 #include <cmath>
-#include <vector>
 
 #include "arguments.h"
-#include "threads.h"
+#include "rows.h"
 
 namespace {
 
 using mindpeft::in_parallel;
-
-int64_t least_rows(int64_t width) { return 8192 / (width + 1) + 1; }
-
-// Adds the rows' shares of a weight's gradient: part(row, sums) does so for one row.
-template <typename Part>
-void sum_over_rows(int64_t rows, int64_t width, float* result, const Part& part) {
-  const int64_t pieces = std::max<int64_t>(1, std::min<int64_t>(mindpeft::thread_count(), rows / 16));
-  const mindpeft::Shared memory(pieces * width);
-  float* sums = memory.data();
-  mindpeft::run_tasks(pieces, [&](int64_t piece) {
-    float* mine = sums + piece * width;
-    for (int64_t i = 0; i < width; ++i) mine[i] = 0;
-    for (int64_t row = rows * piece / pieces; row < rows * (piece + 1) / pieces; ++row) part(row, mine);
-  });
-  for (int64_t i = 0; i < width; ++i) {
-    result[i] = 0;
-    for (int64_t piece = 0; piece < pieces; ++piece) result[i] += sums[piece * width + i];
-  }
-}
+using mindpeft::least_rows;
+using mindpeft::sum_over_rows;
 
 }  // namespace
 
