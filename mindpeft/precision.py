@@ -7,7 +7,7 @@ from collections.abc import Collection
 import mindspore as ms
 from mindspore import Parameter, nn
 
-from mindpeft.convert.loader import parameter_places, set_float_dtype
+from mindpeft.convert.loader import parameter_places
 from mindpeft.nn import Conv1D, Embedding, Linear
 from mindpeft.ops.attention import FLOATS
 from mindpeft.ops.device import on_cpu
@@ -15,26 +15,22 @@ from mindpeft.ops.device import on_cpu
 _MATRIX_CELLS = (Linear, Conv1D, Embedding)
 
 
-def set_precision(model: nn.Cell, dtype: ms.Type, held: Collection[str]) -> None:
-    """Give a model's parameters the dtypes for a checkpoint that is about to be loaded.
+def parameter_dtypes(model: nn.Cell, dtype: ms.Type, held: Collection[str]) -> dict[str, ms.Type]:
+    """The dtypes of a model's parameters, by their places in it, for a checkpoint that is about to be loaded.
 
     All of them get ``dtype``; but on the CPU, which has no arithmetic of bfloat16, that is a way to store
     matrices alone: what passes between the layers, norms, biases and what the checkpoint does not hold (a
     fresh head) are float32 there.
 
     Args:
-        model: with no values yet.
-        held: the parameters that the checkpoint holds, by their places in the model.
+        held: the parameters that the checkpoint holds.
     """
     places = parameter_places(model)
     if not needs_widening(dtype):
-        set_float_dtype(places, dtype)
-        return
+        return dict.fromkeys(places, dtype)
     matrices = _matrices(model)
-    narrow = {name: place for name, place in places.items() if name in held and id(place) in matrices}
-    kept = {id(place) for place in narrow.values()}
-    set_float_dtype(narrow, dtype)
-    set_float_dtype({name: place for name, place in places.items() if id(place) not in kept}, ms.float32)
+    narrow = {id(place) for name, place in places.items() if name in held and id(place) in matrices}
+    return {name: dtype if id(place) in narrow else ms.float32 for name, place in places.items()}
 
 
 def _matrices(model: nn.Cell) -> set[int]:

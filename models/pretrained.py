@@ -19,7 +19,7 @@ from mindpeft.errors import InputError, did_you_mean
 from mindpeft.models.config import PretrainedConfig, read_config
 from mindpeft.nn import LayerNorm, RMSNorm
 from mindpeft.nn.checkpointing import is_checkpointing, set_checkpointing
-from mindpeft.precision import set_precision
+from mindpeft.precision import parameter_dtypes
 
 DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
 
@@ -66,7 +66,7 @@ class PreTrainedModel(CompiledCell):
             folder: holds config.json and model.safetensors, pytorch_model.bin, or their shards.
             dtype: of the parameters: ``float32``, ``float16``, ``bfloat16``, or ``auto`` for the one that
                 config.json names. On the CPU ``bfloat16`` is for matrices alone: see
-                `mindpeft.precision.set_precision`.
+                `mindpeft.precision.parameter_dtypes`.
             ignore_mismatched_sizes: initialise a tensor of another shape afresh instead of refusing it.
             overrides: keys of the configuration, such as ``num_labels=77``.
 
@@ -81,13 +81,14 @@ class PreTrainedModel(CompiledCell):
         with open_checkpoint(folder) as checkpoint:
             model = cls(config)
             rename = hf_renamer(parameter_places(model), cls.base_model_prefix)
-            set_precision(model, _dtype(dtype, values), set(map(rename, checkpoint.names())))
+            held = set(map(rename, checkpoint.names()))
             report = load_weights(
                 model,
                 checkpoint,
                 rename=rename,
                 ignore_unexpected=cls.ignored_on_load,
                 ignore_mismatched_sizes=ignore_mismatched_sizes,
+                dtype=parameter_dtypes(model, _dtype(dtype, values), held),
             )
         model.init_weights({*report.newly_initialised, *report.misshapen})
         model.load_report = report

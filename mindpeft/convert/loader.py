@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,8 @@ def load_weights(
         rename: from a tensor's name to a parameter's, or to ``None`` to leave the tensor out.
         ignore_unexpected: regular expressions; tensors whose name matches are left out in silence.
         ignore_mismatched_sizes: keep the model's value where shapes differ, instead of refusing.
-        dtype: give every floating-point parameter of the cell this dtype; ``None`` leaves each its own.
+        dtype: give every floating-point parameter of the cell this dtype, or that of its name in a mapping;
+            ``None`` leaves each its own.
 
     Raises:
         InputError: shapes differ, two tensors claim one parameter, a floating-point tensor is meant for an
@@ -98,14 +99,17 @@ def load_weights(
     chosen = {name: source for name, source in chosen.items() if name not in misfits}
     _check_dtypes(checkpoint, chosen, places)
 
-    if dtype is not None:
-        set_float_dtype(places, dtype)
+    dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(places, dtype)
     done: set[int] = set()
-    for name, source in chosen.items():
+    # The largest first: while a tensor is copied it is there twice.
+    for name in sorted(chosen, key=lambda name: -places[name].size):
         if id(places[name]) not in done:
-            _fill(places[name], checkpoint, source)
+            _set_float_dtype(places[name], dtypes[name])
+            _fill(places[name], checkpoint, chosen[name])
             done.add(id(places[name]))
     untouched = {name: parameter for name, parameter in places.items() if id(parameter) not in done}
+    for name, parameter in untouched.items():
+        _set_float_dtype(parameter, dtypes[name])
     return LoadReport(
         loaded=list(chosen),
         newly_initialised=[name for name in _first_names(untouched) if name not in misfits],
@@ -196,13 +200,10 @@ def _check_dtypes(checkpoint: Checkpoint, chosen: dict[str, str], places: dict[s
             )
 
 
-def set_float_dtype(places: dict[str, ms.Parameter], dtype: Any) -> None:
-    """Give those parameters that hold floating-point numbers another dtype."""
-    target = dtype_name(dtype)
-    for parameter in places.values():
-        own = dtype_name(parameter.dtype)
-        if own in FLOATS and own != target:
-            parameter.set_dtype(_MINDSPORE_FLOATS[target])
+def _set_float_dtype(parameter: ms.Parameter, dtype: Any) -> None:
+    own = dtype_name(parameter.dtype)
+    if dtype is not None and own in FLOATS and own != dtype_name(dtype):
+        parameter.set_dtype(_MINDSPORE_FLOATS[dtype_name(dtype)])
 
 
 _MINDSPORE_FLOATS = {"F64": ms.float64, "F32": ms.float32, "F16": ms.float16, "BF16": ms.bfloat16}
