@@ -13,6 +13,7 @@ from mindpeft import LoraConfig, get_peft_model
 from mindpeft.compiling import CompiledCell
 from mindpeft.models import AutoModelForCausalLM
 from mindpeft.nn import Linear
+from mindpeft.ops.dropout import seed_dropout
 from mindpeft.shared_layers import SWITCH, SharedLayers, structure
 from mindpeft.train.optim import AdamW
 from mindpeft.train.step import TrainStep
@@ -173,6 +174,14 @@ def test_training_is_the_same_bit_for_bit(name, target, tmp_path, monkeypatch):
     layers = {"n_layer": 4} if name == "gpt2" else {"num_hidden_layers": 4}
     make_decoder(name, tmp_path, **layers)
     assert losses(tmp_path, monkeypatch, "1", target) == losses(tmp_path, monkeypatch, "0", target)
+
+
+@pytest.mark.parametrize(("share", "kinds"), [(0.0, 1), (0.1, 3)])
+def test_layers_with_dropout_draw_numbers_of_their_own(share, kinds, tmp_path):
+    make_decoder("llama", tmp_path, num_hidden_layers=3)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attention_dropout=share)
+    seed_dropout(model, 5)
+    assert len({structure(layer) for layer in model.model.layers}) == kinds
 
 
 def test_parameters_alone_differ_between_equal_layers_with_adapters(tmp_path):

@@ -31,7 +31,7 @@ class CpuDropout(nn.Cell):
         super().__init__()
         self.p = p
         self.scale = 1.0 / (1.0 - p)
-        self.normal = standard_normal()
+        self.normal = standard_normal() if p > 0.0 else None  # seeded apart, it tells equal layers apart
 
     def construct(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0.0:

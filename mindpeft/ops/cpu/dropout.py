@@ -22,7 +22,7 @@ class Noise(nn.Cell):
         super().__init__()
         self.p = p
         self.share, self.silence = setting(p, 1.0 / (1.0 - p) if p < 1.0 else 0.0), setting(*NO_NOISE)
-        self.normal = standard_normal()
+        self.normal = standard_normal() if p > 0.0 else None
         self.concat = ops.Concat(0)
 
     def construct(self) -> Tensor:
