@@ -6,11 +6,14 @@ import mindspore as ms
 from mindspore import Tensor, ops
 
 from mindpeft.ops.cpu.dropout import NO_NOISE
-from mindpeft.ops.cpu.library import Kernel, kernel, setting
+from mindpeft.ops.cpu.library import Kernel, kernel, must_fit, setting
 
 
 def _mixed(q: list[int], k: list[int], v: list[int], *_) -> tuple[tuple[int, ...], ...]:
     batch, heads, length, _ = q
+    must_fit(q, k)
+    if (k[0], k[0], k[1], k[2]) != (batch, *v[:3]) or heads % k[1]:
+        raise ValueError(f"queries {tuple(q)}, keys {tuple(k)} and values {tuple(v)} don't fit each other")
     return (batch, length, heads * v[-1]), (batch, heads, length)
 
 

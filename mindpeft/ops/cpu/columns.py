@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from mindpeft.ops.cpu.library import Kernel, kernel
+from mindpeft.ops.cpu.library import Kernel, kernel, must_fit
+
+
+def _scaled(x: list[int], factors: list[int]) -> list[int]:
+    must_fit(x, factors)
+    return x
 
 
 class ScaleColumnsKernel(Kernel):
@@ -16,7 +21,7 @@ class ScaleColumnsKernel(Kernel):
         def gradients(x, factors, out, dout):
             return of_x(dout, factors), of_factors(x, dout)
 
-        self.forward = kernel("scale_columns", lambda x, _: x, gradients=gradients)
+        self.forward = kernel("scale_columns", _scaled, gradients=gradients)
 
     def construct(self, x, factors):
         return self.forward(x, factors)

@@ -153,6 +153,12 @@ def setting(*values: float) -> Tensor:
     return Tensor(values, ms.float32)
 
 
+def must_fit(rows: list[int], other: list[int]) -> None:
+    """Raise ValueError unless the last axes are of one size: else a kernel would read behind a tensor."""
+    if rows[-1] != other[-1]:
+        raise ValueError(f"rows of {rows[-1]} numbers, of shape {tuple(rows)}, don't fit {tuple(other)}")
+
+
 def rows_of(shape: list[int]) -> int:
     """How many rows a tensor has whose last axis is a row."""
     rows = 1

@@ -5,12 +5,13 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import ops
 
-from mindpeft.ops.cpu.library import Kernel, kernel, rows_of
+from mindpeft.ops.cpu.library import Kernel, kernel, must_fit, rows_of
 
 WEIGHT_TYPES = (ms.float32, ms.bfloat16)
 
 
 def _of_rows(x: list[int], weight: list[int], *_) -> tuple[int, ...]:
+    must_fit(x, weight)
     return (*x[:-1], weight[0])
 
 
@@ -60,6 +61,8 @@ def _of_bias() -> ops.Custom:
 
 
 def _with_hidden(x: list[int], weight: list[int], a: list[int], *_) -> tuple[tuple[int, ...], ...]:
+    must_fit(x, weight)
+    must_fit(x, a)
     return (*x[:-1], weight[0]), (rows_of(x), a[0])
 
 

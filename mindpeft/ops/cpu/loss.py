@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from mindspore import ops
 
-from mindpeft.ops.cpu.library import Kernel, kernel
+from mindpeft.ops.cpu.library import Kernel, kernel, must_fit
+
+
+def _loss_and_gradient(hidden: list[int], weight: list[int], _) -> tuple:
+    must_fit(hidden, weight)
+    return (1,), hidden
 
 
 class ProjectedLossKernel(Kernel):
@@ -23,7 +28,7 @@ class ProjectedLossKernel(Kernel):
             dweight = of_weight(hidden, weight, labels)
             return out[1] * dloss, (dweight * dloss).astype(weight.dtype), ops.zeros_like(labels)
 
-        self.forward = kernel("projected_cross_entropy", lambda hidden, *_: ((1,), hidden), 2, gradients)
+        self.forward = kernel("projected_cross_entropy", _loss_and_gradient, 2, gradients)
 
     def construct(self, hidden, weight, labels):
         return self.forward(hidden, weight, labels)

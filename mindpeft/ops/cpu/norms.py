@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from mindspore import ops
 
-from mindpeft.ops.cpu.library import Kernel, kernel, rows_of, setting
+from mindpeft.ops.cpu.library import Kernel, kernel, must_fit, rows_of, setting
+
+
+def _normed(statistics: int):
+    def shapes(x: list[int], weight: list[int], *_) -> tuple:
+        must_fit(x, weight)
+        return x, *((rows_of(x),) for _ in range(statistics))
+
+    return shapes
 
 
 class RmsNormKernel(Kernel):
@@ -20,7 +28,7 @@ class RmsNormKernel(Kernel):
             dx = backward(x, weight, out[1], dout[0])
             return dx, backward_weight(x, out[1], dout[0]), ops.zeros_like(eps)
 
-        self.forward = kernel("rms_norm", lambda x, *_: (x, (rows_of(x),)), 2, gradients)
+        self.forward = kernel("rms_norm", _normed(1), 2, gradients)
 
     def construct(self, x, weight):
         return self.forward(x, weight, self.eps)
@@ -41,7 +49,7 @@ class LayerNormKernel(Kernel):
             dx = backward(x, weight, out[1], out[2], dy)
             return dx, backward_weight(x, out[1], out[2], dy), backward_bias(dy), ops.zeros_like(eps)
 
-        self.forward = kernel("layer_norm", lambda x, *_: (x, (rows_of(x),), (rows_of(x),)), 3, gradients)
+        self.forward = kernel("layer_norm", _normed(2), 3, gradients)
 
     def construct(self, x, weight, bias):
         return self.forward(x, weight, bias, self.eps)

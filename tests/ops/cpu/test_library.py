@@ -9,10 +9,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mindspore as ms
+import numpy as np
 import pytest
+from mindspore import Tensor
 
 from mindpeft.ops.cpu import library as module
+from mindpeft.ops.cpu.attention import AttentionKernel
+from mindpeft.ops.cpu.columns import ScaleColumnsKernel
 from mindpeft.ops.cpu.library import LEVELS, Library, rows_of
+from mindpeft.ops.cpu.linear import LinearKernel, LoraKernel
+from mindpeft.ops.cpu.loss import ProjectedLossKernel
+from mindpeft.ops.cpu.norms import LayerNormKernel, RmsNormKernel
+from tests.ops.cpu.native import SILENCE
 
 search = module.library.__wrapped__  # what is found is kept for a process
 BUILT = Path(module.library().path or "")
@@ -77,6 +86,38 @@ def test_the_switch(monkeypatch, caplog):
     monkeypatch.setenv(module.SWITCH, "0")
     assert search() == Library(None, reason="MINDPEFT_CPU_KERNELS=0")
     assert "CPU kernels are not in use: MINDPEFT_CPU_KERNELS=0" in caplog.text
+
+
+def zeros(*shape: int) -> Tensor:
+    return Tensor(np.zeros(shape, np.float32))
+
+
+MISFITS = {
+    "linear": (LinearKernel, lambda cell: cell(zeros(2, 5), zeros(4, 3))),
+    "lora's a": (
+        LoraKernel,
+        lambda cell: cell(zeros(2, 5), zeros(4, 5), zeros(1, 3), zeros(4, 1), zeros(1), Tensor(SILENCE)),
+    ),
+    "layer norm": (lambda: LayerNormKernel(1e-5), lambda cell: cell(zeros(2, 5), zeros(4), zeros(4))),
+    "rms norm": (lambda: RmsNormKernel(1e-5), lambda cell: cell(zeros(2, 5), zeros(4))),
+    "columns": (ScaleColumnsKernel, lambda cell: cell(zeros(2, 5), zeros(4))),
+    "loss": (ProjectedLossKernel, lambda cell: cell(zeros(2, 5), zeros(9, 4), zeros(2).astype(ms.int32))),
+    "attention's sizes": (
+        lambda: AttentionKernel(1.0, 0.0),
+        lambda cell: cell(zeros(1, 2, 3, 4), zeros(1, 2, 3, 5), zeros(1, 2, 3, 4), Tensor(SILENCE)),
+    ),
+    "attention's heads": (
+        lambda: AttentionKernel(1.0, 0.0),
+        lambda cell: cell(zeros(1, 3, 3, 4), zeros(1, 2, 3, 4), zeros(1, 2, 3, 4), Tensor(SILENCE)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_shapes_that_do_not_fit_are_refused(name):
+    make, call = MISFITS[name]
+    with pytest.raises(ValueError, match="fit"):
+        call(make())
 
 
 def test_rows():
