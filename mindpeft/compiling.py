@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from mindspore import nn
 
+from mindpeft.compile_cache import CompileCache
 from mindpeft.memory import release_freed_memory
 from mindpeft.shared_layers import SharedLayers
 
@@ -18,24 +19,35 @@ class CompiledCell(nn.Cell):
     the C library would keep that memory beside the tensors of the steps that follow.
     """
 
-    _sharing: SharedLayers | None = None  # while a call may compile
+    _compilation: _Compilation | None = None  # while a call may compile
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile for arguments like these, unless that was done before."""
-        with SharedLayers() as sharing:
-            object.__setattr__(self, "_sharing", sharing)
+        with SharedLayers() as sharing, CompileCache() as cache:
+            compilation = _Compilation(sharing, cache, (*args, *sorted(kwargs.items())))
+            object.__setattr__(self, "_compilation", compilation)
             try:
                 super().compile(*args, **kwargs)
             finally:
-                object.__setattr__(self, "_sharing", None)
+                object.__setattr__(self, "_compilation", None)
         if sharing.used:
             release_freed_memory()
 
     def check_names(self) -> None:
         """What MindSpore does first when it has to compile."""
         super().check_names()
-        if self._sharing is not None:
-            self._sharing.mark(self)
+        if self._compilation is not None:
+            self._compilation.begin(self)
+
+
+class _Compilation(NamedTuple):
+    sharing: SharedLayers
+    cache: CompileCache
+    arguments: tuple
+
+    def begin(self, cell: nn.Cell) -> None:
+        self.cache.open(cell, self.arguments)
+        self.sharing.mark(cell)
 
 
 def forget_compiled_graphs() -> None:

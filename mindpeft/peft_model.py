@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mindspore import nn
 
@@ -29,6 +29,8 @@ class PeftModel(AdapterReports, CompiledCell):
     base model's parameters are frozen and keep their names. While no adapter is active (``disable_adapter``)
     it computes exactly what the base model does, trained biases and saved heads included.
     """
+
+    NOT_IN_GRAPH: ClassVar[tuple[str, ...]] = ("_bank", "_mixed")  # see `mindpeft.structure`
 
     def __init__(self, model: nn.Cell, autocast_adapter_dtype: bool = True) -> None:
         if any(isinstance(cell, PeftModel | Slot) for _, cell in model.cells_and_names()):

@@ -37,6 +37,7 @@ class PreTrainedModel(CompiledCell):
     config_class: ClassVar[type[PretrainedConfig]]
     base_model_prefix: ClassVar[str] = ""
     ignored_on_load: ClassVar[tuple[str, ...]] = ()
+    NOT_IN_GRAPH: ClassVar[tuple[str, ...]] = ("load_report",)  # see `mindpeft.structure`
 
     def __init__(self, config: PretrainedConfig):
         super().__init__()

@@ -14,7 +14,8 @@ from mindpeft.compiling import CompiledCell
 from mindpeft.models import AutoModelForCausalLM
 from mindpeft.nn import Linear
 from mindpeft.ops.dropout import seed_dropout
-from mindpeft.shared_layers import SWITCH, SharedLayers, structure
+from mindpeft.shared_layers import SWITCH, SharedLayers
+from mindpeft.structure import structure
 from mindpeft.train.optim import AdamW
 from mindpeft.train.step import TrainStep
 from tests.models.decoders import labels_of, make_decoder, make_texts

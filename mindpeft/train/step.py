@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import ClassVar
 
 import mindspore as ms
 from mindspore import Tensor, nn, ops
@@ -76,6 +77,9 @@ class TrainStep(CompiledCell):
         max_grad_norm: global norm to clip to, 0 for no clipping.
         hooks: what the method of the adapter adds to the loss, and does after each update.
     """
+
+    # What MindSpore makes of `loss` and the optimizer's parameters; see `mindpeft.structure`.
+    NOT_IN_GRAPH: ClassVar[tuple[str, ...]] = ("loss_and_gradients",)
 
     def __init__(
         self,

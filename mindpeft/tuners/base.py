@@ -112,7 +112,7 @@ class Slot(nn.Cell):
         number: 0 for the first slot of a place; further ones need parameter names of their own.
     """
 
-    # Names for people and files, which differ between slots whose graphs do not (`mindpeft.shared_layers`).
+    # Names for people and files, which differ between slots whose graphs do not (`mindpeft.structure`).
     NOT_IN_GRAPH: ClassVar[tuple[str, ...]] = ("path", "label")
     # Tensors that no gradient reaches and that don't count as parameters (a fixed random projection).
     BUFFERS: ClassVar[frozenset[str]] = frozenset()
