@@ -1,4 +1,4 @@
-"""Where the seconds of the first training step go: imports, the checkpoint, adapters, compilation, the step itself.
+"""Where the seconds of the first training step go: imports, the model, compilation, the step itself.
 
     python scripts/bench/first_step.py                          # BERT-base
     python scripts/bench/first_step.py --shape qwen2.5-0.5b --repeat 1
@@ -30,7 +30,7 @@ def measure(folder: str, shape: str) -> dict[str, float]:
     began = time.perf_counter()
     from sides import peak_memory_gb
 
-    import mindpeft.models  # noqa: F401
+    import mindpeft.models
     import mindpeft.train.step  # noqa: F401
 
     imported = time.perf_counter()
