@@ -119,6 +119,7 @@ void stream(const float* x, int64_t x_stride, const Weight* weight, int64_t weig
 template <typename Weight>
 void few_rows(int64_t m, int64_t n, int64_t k, float scale, const float* x, int64_t x_stride,
               const Weight* weight, int64_t weight_stride, float keep, float* y, int64_t y_stride) {
+  move_to_large_pages(weight, n * weight_stride * sizeof(Weight));
   in_parallel(n, std::max<int64_t>(1, 16384 / std::max<int64_t>(k, 1)), [&](int64_t begin, int64_t end) {
     int64_t row = 0;
     const auto next = [&](auto rows) {
