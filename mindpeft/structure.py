@@ -17,6 +17,10 @@ import numpy as np
 from mindspore import JitConfig, Parameter, Tensor, nn, ops
 
 _MOST_NUMBERS = 1 << 20  # of a constant that is compared by value, not by who it is
+# What operators hold besides their attributes that says no more than those.
+_REPEATED = {"instance_name", "init_attrs", "log_prefix", "supported_targets", "supported_func_type"}
+_OTHER = object()
+_UNSET = vars(nn.Cell())  # what a Cell holds that nobody has changed anything of
 _SIMPLE = (bool, int, float, str, bytes, ms.Type, np.dtype)
 # What MindSpore notes in Cells and operators about their place and their compilations.
 _BOOKKEEPING = frozenset(
@@ -68,7 +72,8 @@ class _Structure:
         self.seen[id(cell)] = len(self.seen)
         parameters = [(name, self.of_parameter(value)) for name, value in cell._params.items()]
         children = [(name, self.of_cell(child)) for name, child in cell._cells.items()]
-        unread = _BOOKKEEPING.union(getattr(cell, "NOT_IN_GRAPH", ()))
+        unread = {*_BOOKKEEPING, *getattr(cell, "NOT_IN_GRAPH", ())}
+        unread.update(name for name, value in vars(cell).items() if _UNSET.get(name, _OTHER) is value)
         return self.of_class(type(cell)), parameters, children, self.of_attributes(cell, unread)
 
     def of_parameter(self, parameter: Parameter | None) -> tuple:
@@ -93,7 +98,7 @@ class _Structure:
         if isinstance(value, Tensor | np.ndarray) and not isinstance(value, Parameter):
             return self.of_numbers(value)
         if isinstance(value, ops.Primitive):
-            return self.of_class(type(value)), self.of_attributes(value, _BOOKKEEPING)
+            return self.of_class(type(value)), self.of_attributes(value, _REPEATED | value.attrs.keys())
         if isinstance(value, dict):
             return "dict", [(repr(key), self.of(item)) for key, item in value.items()]
         if isinstance(value, list | tuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mindspore as ms
 import mindspore.nn as nn
-from mindspore import Tensor, ops
+from mindspore import Tensor
 
 from mindpeft.nn.parameter import empty_parameter
 from mindpeft.ops.linear import Product
@@ -39,10 +39,7 @@ class Conv1D(nn.Cell):
         self.out_features = out_features
         self.weight = empty_parameter((in_features, out_features), dtype)
         self.bias = empty_parameter((out_features,), dtype)
-        self.matmul = ops.MatMul()
-        self.bias_add = ops.BiasAdd()
+        self.product = Product(turned=True)
 
     def construct(self, x: Tensor) -> Tensor:
-        rows = self.matmul(x.reshape((-1, self.in_features)), self.weight.astype(x.dtype))
-        rows = self.bias_add(rows, self.bias.astype(x.dtype))
-        return rows.reshape((*x.shape[:-1], self.out_features))
+        return self.product(x, self.weight, self.bias)

@@ -13,7 +13,7 @@ import numpy as np
 from mindspore import nn, ops
 
 from mindpeft.errors import InputError
-from mindpeft.nn.linear import Linear
+from mindpeft.nn.linear import Conv1D, Linear
 from mindpeft.ops.cpu import kernels_on
 from mindpeft.ops.cpu.dropout import Noise
 from mindpeft.ops.cpu.linear import WEIGHT_TYPES, LoraBiasKernel, LoraKernel
@@ -73,8 +73,9 @@ class LoraLinear(LoraLayer):
         super().__init__(base_layer, *slot)
         self.dropout = dropout(0.0)
         self.kernel = None
-        if type(self) is LoraLinear and type(base_layer) is Linear and kernels_on():
-            self.kernel = LoraKernel() if base_layer.bias is None else LoraBiasKernel()
+        if type(self) is LoraLinear and type(base_layer) in (Linear, Conv1D) and kernels_on():
+            turned = is_transposed(base_layer)
+            self.kernel = LoraKernel(turned) if base_layer.bias is None else LoraBiasKernel(turned)
             self.noise = Noise(0.0)
 
     @classmethod

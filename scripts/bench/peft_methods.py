@@ -56,7 +56,9 @@ METHODS = {
     "LoRA, all linear": Method("LoraConfig", {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}),
     "DoRA": Method("LoraConfig", {"r": 8, "lora_alpha": 16, "use_dora": True, **QUERY_VALUE}),
     "AdaLoRA": Method(
-        "AdaLoraConfig", {"init_r": 12, "target_r": 8, "total_step": 1000, "tinit": 200, **QUERY_VALUE}
+        "AdaLoraConfig",
+        {"init_r": 12, "target_r": 8, "total_step": 1000, "tinit": 200, **QUERY_VALUE},
+        random=True,  # the term that keeps A orthogonal
     ),
     "VeRA": Method("VeraConfig", {"r": 256, **QUERY_VALUE}),
     "LoHa": Method("LoHaConfig", {"r": 8, "alpha": 16, **QUERY_VALUE}),

@@ -1,6 +1,11 @@
-"""Dense products with a weight (out, in), and the same with LoRA's two matrices beside it."""
+"""Dense products with a weight, and the same with LoRA's two matrices beside it.
+
+A graph in which weight and bias are frozen, or in which nobody wants the gradient of x, does not hold those.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import mindspore as ms
 from mindspore import ops
@@ -10,64 +15,92 @@ from mindpeft.ops.cpu.library import Kernel, kernel, must_fit, rows_of
 WEIGHT_TYPES = (ms.float32, ms.bfloat16)
 
 
-def _of_rows(x: list[int], weight: list[int], *_) -> tuple[int, ...]:
-    must_fit(x, weight)
-    return (*x[:-1], weight[0])
+def _named(name: str, turned: bool, rest: str = "") -> str:
+    """A kernel for weights (out, in), or (in, out)."""
+    return f"{name}_turned{rest}" if turned else f"{name}{rest}"
 
 
-class LinearKernel(Kernel):
-    """``x @ weight.T``: x (..., in) of float32, weight (out, in) of float32 or bfloat16."""
+def _product_shape(turned: bool) -> Callable:
+    def shape(x: list[int], weight: list[int], *_) -> tuple[int, ...]:
+        out, into = weight[::-1] if turned else weight
+        must_fit(x, [into])
+        return (*x[:-1], out)
 
-    def __init__(self):
-        super().__init__()
-        of_x, of_weight = _of_x(), _of_weight()
-
-        def gradients(x, weight, out, dout):
-            return of_x(dout, weight), of_weight(x, dout).astype(weight.dtype)
-
-        self.forward = kernel("linear", _of_rows, gradients=gradients)
-
-    def construct(self, x, weight):
-        return self.forward(x, weight)
+    return shape
 
 
-class LinearBiasKernel(Kernel):
-    """``x @ weight.T + bias``, bias (out,) of float32."""
+def _lora_shapes(turned: bool) -> Callable:
+    """Of a product with LoRA and of the r columns inside."""
+    product = _product_shape(turned)
 
-    def __init__(self):
-        super().__init__()
-        of_x, of_weight, of_bias = _of_x(), _of_weight(), _of_bias()
+    def shapes(x: list[int], weight: list[int], a: list[int], *_) -> tuple[tuple[int, ...], ...]:
+        must_fit(x, a)
+        return product(x, weight), (rows_of(x), a[0])
 
-        def gradients(x, weight, bias, out, dout):
-            return of_x(dout, weight), of_weight(x, dout).astype(weight.dtype), of_bias(dout)
-
-        self.forward = kernel("linear_bias", _of_rows, gradients=gradients)
-
-    def construct(self, x, weight, bias):
-        return self.forward(x, weight, bias)
+    return shapes
 
 
-# What the inputs of a product get; a graph in which the weight or the bias is frozen holds nothing of it.
-def _of_x() -> ops.Custom:
-    return kernel("linear_grad", lambda dy, weight: (*dy[:-1], weight[1]))
+def _of_x(turned: bool) -> ops.Custom:
+    """dy, weight -> dx."""
+    into = 0 if turned else 1
+    return kernel(_named("linear", turned, "_grad"), lambda dy, weight: (*dy[:-1], weight[into]))
 
 
-def _of_weight() -> ops.Custom:
-    return kernel("linear_grad_weight", lambda x, dy: (dy[-1], x[-1]))
+def _of_weight(turned: bool) -> Callable:
+    """x, weight, dy -> dweight; a function that a graph can call."""
+    product = kernel("linear_grad_weight", lambda x, dy: (dy[-1], x[-1]))
+
+    def gradient(x, weight, dy):
+        found = product(dy, x) if turned else product(x, dy)
+        return found.astype(weight.dtype)
+
+    return gradient
 
 
 def _of_bias() -> ops.Custom:
     return kernel("sum_rows", lambda x: (x[-1],))
 
 
-def _with_hidden(x: list[int], weight: list[int], a: list[int], *_) -> tuple[tuple[int, ...], ...]:
-    must_fit(x, weight)
-    must_fit(x, a)
-    return (*x[:-1], weight[0]), (rows_of(x), a[0])
+class LinearKernel(Kernel):
+    """``x @ weight.T``: x (..., in) of float32, weight (out, in) of float32 or bfloat16.
+
+    Args:
+        turned: the weight is (in, out), for ``x @ weight``.
+    """
+
+    def __init__(self, turned: bool = False):
+        super().__init__()
+        of_x, of_weight = _of_x(turned), _of_weight(turned)
+
+        def gradients(x, weight, out, dout):
+            return of_x(dout, weight), of_weight(x, weight, dout)
+
+        self.forward = kernel(_named("linear", turned), _product_shape(turned), gradients=gradients)
+
+    def construct(self, x, weight):
+        return self.forward(x, weight)
 
 
-def _lora_gradients() -> ops.Custom:
-    return kernel("lora_linear_grad", lambda x, weight, a, b, *_: (x, a, b), 3)
+class LinearBiasKernel(Kernel):
+    """The same ``+ bias``, bias (out,) of float32."""
+
+    def __init__(self, turned: bool = False):
+        super().__init__()
+        of_x, of_weight, of_bias = _of_x(turned), _of_weight(turned), _of_bias()
+
+        def gradients(x, weight, bias, out, dout):
+            return of_x(dout, weight), of_weight(x, weight, dout), of_bias(dout)
+
+        self.forward = kernel(_named("linear", turned, "_bias"), _product_shape(turned), gradients=gradients)
+
+    def construct(self, x, weight, bias):
+        return self.forward(x, weight, bias)
+
+
+def _lora_gradients(turned: bool) -> tuple[ops.Custom, ops.Custom]:
+    """The operators for dx, and for da and db, of LoRA's inputs, hidden and dy."""
+    name = _named("lora_linear", turned, "_grad")
+    return kernel(name, lambda x, *_: x), kernel(f"{name}_pair", lambda x, weight, a, b, *_: (a, b), 2)
 
 
 class LoraKernel(Kernel):
@@ -75,18 +108,23 @@ class LoraKernel(Kernel):
 
     x (..., in), weight (out, in), a (r, in), b (out, r), scale one number; noise of
     `mindpeft.ops.cpu.dropout.Noise` for a dropout of the x before ``a.T``. Both get no gradient.
+
+    Args:
+        turned: the weight is (in, out).
     """
 
-    def __init__(self):
+    def __init__(self, turned: bool = False):
         super().__init__()
-        backward, of_weight = _lora_gradients(), _of_weight()
+        of_x, of_pair = _lora_gradients(turned)
+        of_weight = _of_weight(turned)
 
         def gradients(x, weight, a, b, scale, noise, out, dout):
-            dx, da, db = backward(x, weight, a, b, scale, noise, out[1], dout[0])
-            dweight = of_weight(x, dout[0]).astype(weight.dtype)
-            return dx, dweight, da, db, ops.zeros_like(scale), ops.zeros_like(noise)
+            dy = dout[0]
+            dx = of_x(x, weight, a, b, scale, noise, out[1], dy)
+            da, db = of_pair(x, weight, a, b, scale, noise, out[1], dy)
+            return dx, of_weight(x, weight, dy), da, db, ops.zeros_like(scale), ops.zeros_like(noise)
 
-        self.forward = kernel("lora_linear", _with_hidden, 2, gradients)
+        self.forward = kernel(_named("lora_linear", turned), _lora_shapes(turned), 2, gradients)
 
     def construct(self, x, weight, a, b, scale, noise):
         return self.forward(x, weight, a, b, scale, noise)
@@ -95,17 +133,19 @@ class LoraKernel(Kernel):
 class LoraBiasKernel(Kernel):
     """The same with a bias (out,) of the layer itself."""
 
-    def __init__(self):
+    def __init__(self, turned: bool = False):
         super().__init__()
-        backward, of_weight, of_bias = _lora_gradients(), _of_weight(), _of_bias()
+        of_x, of_pair = _lora_gradients(turned)
+        of_weight, of_bias = _of_weight(turned), _of_bias()
 
         def gradients(x, weight, a, b, scale, noise, bias, out, dout):
             dy = dout[0]
-            dx, da, db = backward(x, weight, a, b, scale, noise, out[1], dy)
-            dweight, dbias = of_weight(x, dy).astype(weight.dtype), of_bias(dy)
+            dx = of_x(x, weight, a, b, scale, noise, out[1], dy)
+            da, db = of_pair(x, weight, a, b, scale, noise, out[1], dy)
+            dweight, dbias = of_weight(x, weight, dy), of_bias(dy)
             return dx, dweight, da, db, ops.zeros_like(scale), ops.zeros_like(noise), dbias
 
-        self.forward = kernel("lora_linear_bias", _with_hidden, 2, gradients)
+        self.forward = kernel(_named("lora_linear", turned, "_bias"), _lora_shapes(turned), 2, gradients)
 
     def construct(self, x, weight, a, b, scale, noise, bias):
         return self.forward(x, weight, a, b, scale, noise, bias)

@@ -60,8 +60,13 @@ def numbers(*values: float) -> np.ndarray:
     return np.array(values, np.float32)
 
 
+PRODUCTS = tuple(
+    name + bias for name in ("linear", "linear_turned", "lora", "lora_turned") for bias in ("", "_bias")
+)
+
+
 def product(name: str, bfloat16: bool = False) -> Maker:
-    """Of a dense layer, with LoRA or without; with a bias if its name says so."""
+    """Of a dense layer, with LoRA or without; its name tells of a bias and of a weight (in, out)."""
 
     def make(random: Random) -> Iterator[Case]:
         while True:
@@ -69,6 +74,8 @@ def product(name: str, bfloat16: bool = False) -> Maker:
             x, weight = random.normal(*lead, into), random.normal(out, into)
             if bfloat16:
                 x, weight = on_bfloat16_grid(x), on_bfloat16_grid(weight)
+            if "turned" in name:
+                weight = np.ascontiguousarray(weight.T)
             inputs, fixed = [x, weight], []
             if name.startswith("lora"):
                 rank = random.pick((1, 3, 8, 17))
@@ -289,14 +296,8 @@ def embedding(bfloat16: bool = False) -> Maker:
 
 
 EXACT: dict[str, Maker] = {
-    "linear": product("linear"),
-    "linear_bias": product("linear_bias"),
-    "linear bfloat16": product("linear", True),
-    "linear_bias bfloat16": product("linear_bias", True),
-    "lora": product("lora"),
-    "lora_bias": product("lora_bias"),
-    "lora bfloat16": product("lora", True),
-    "lora_bias bfloat16": product("lora_bias", True),
+    **{name: product(name) for name in PRODUCTS},
+    **{f"{name} bfloat16": product(name, True) for name in PRODUCTS},
     "attention": attention,
     "masked_attention": masked_attention,
     "described_attention": described_attention,

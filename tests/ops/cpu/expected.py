@@ -64,6 +64,18 @@ def lora_bias(x, weight, a, b, bias, scale):
     return lora(x, weight, a, b, scale) + bias
 
 
+def linear_turned(x, weight, bias=None):
+    return F.linear(x, weight.T, bias)
+
+
+def lora_turned(x, weight, a, b, scale):
+    return lora(x, weight.T, a, b, scale)
+
+
+def lora_turned_bias(x, weight, a, b, bias, scale):
+    return lora_bias(x, weight.T, a, b, bias, scale)
+
+
 def attention(q, k, v, settings):
     return masked_attention(q, k, v, torch.zeros((), dtype=torch.float64), settings)
 
@@ -160,8 +172,9 @@ _by_name = (linear, lora, lora_bias, attention, masked_attention, described_atte
 _by_name = (*_by_name, loss, split_heads, merge_heads, split_and_turn, split_and_turn_neighbours, embedding)
 _by_name = (*_by_name, scale_columns)
 FAMILIES = {
-    **{family.__name__: family for family in _by_name},
+    **{family.__name__: family for family in (*_by_name, linear_turned, lora_turned, lora_turned_bias)},
     "linear_bias": linear,
+    "linear_turned_bias": linear_turned,
     **ACTIVATIONS,
     **{f"{name}_gate": gate(function) for name, function in ACTIVATIONS.items()},
 }

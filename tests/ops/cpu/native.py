@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -71,41 +72,46 @@ def rows_of(x: np.ndarray) -> int:
 # gradients of sum(value * cotangent(value.shape)).
 
 
-def linear(kernels: Kernels, x, weight):
-    y = kernels.one("linear", x, weight, to=(*x.shape[:-1], weight.shape[0]))
-    return [y, *linear_gradients(kernels, x, weight, cotangent(y.shape))]
-
-
-def linear_gradients(kernels: Kernels, x, weight, dy):
-    return (
-        kernels.one("linear_grad", dy, weight, to=x.shape),
-        kernels.one("linear_grad_weight", x, dy, to=weight.shape),
-    )
-
-
-def linear_bias(kernels: Kernels, x, weight, bias):
-    y = kernels.one("linear_bias", x, weight, bias, to=(*x.shape[:-1], weight.shape[0]))
+def linear(kernels: Kernels, x, weight, *bias, turned=False):
+    name = ("linear_turned" if turned else "linear") + ("_bias" if bias else "")
+    y = kernels.one(name, x, weight, *bias, to=(*x.shape[:-1], weight.shape[turned]))
     dy = cotangent(y.shape)
-    dbias = kernels.one("sum_rows", dy, to=bias.shape)
-    return [y, *linear_gradients(kernels, x, weight, dy), dbias]
+    dx = kernels.one("linear_turned_grad" if turned else "linear_grad", dy, weight, to=x.shape)
+    return [y, dx, *_weight_and_bias(kernels, x, weight, dy, bias, turned)]
+
+
+def _weight_and_bias(kernels: Kernels, x, weight, dy, bias, turned):
+    rows = (dy, x) if turned else (x, dy)
+    dweight = kernels.one("linear_grad_weight", *rows, to=weight.shape)
+    return [dweight, *(kernels.one("sum_rows", dy, to=one.shape) for one in bias)]
 
 
 def lora(kernels: Kernels, x, weight, a, b, scale):
-    return _lora(kernels, "lora_linear", x, weight, a, b, scale)
+    return _lora(kernels, x, weight, a, b, scale)
 
 
 def lora_bias(kernels: Kernels, x, weight, a, b, bias, scale):
-    return _lora(kernels, "lora_linear_bias", x, weight, a, b, scale, bias)
+    return _lora(kernels, x, weight, a, b, scale, bias)
 
 
-def _lora(kernels: Kernels, name, x, weight, a, b, scale, *bias, noise=SILENCE):
-    to = [(*x.shape[:-1], weight.shape[0]), (rows_of(x), a.shape[0])]
-    y, hidden = kernels.compute(name, x, weight, a, b, scale, noise, *bias, to=to)
+def lora_turned(kernels: Kernels, x, weight, a, b, scale):
+    return _lora(kernels, x, weight, a, b, scale, turned=True)
+
+
+def lora_turned_bias(kernels: Kernels, x, weight, a, b, bias, scale):
+    return _lora(kernels, x, weight, a, b, scale, bias, turned=True)
+
+
+def _lora(kernels: Kernels, x, weight, a, b, scale, *bias, noise=SILENCE, turned=False):
+    name = "lora_linear_turned" if turned else "lora_linear"
+    to = [(*x.shape[:-1], weight.shape[turned]), (rows_of(x), a.shape[0])]
+    inputs = (x, weight, a, b, scale, noise)
+    y, hidden = kernels.compute(name + ("_bias" if bias else ""), *inputs, *bias, to=to)
     dy = cotangent(y.shape)
-    inputs = (x, weight, a, b, scale, noise, hidden, dy)
-    dx, da, db = kernels.compute("lora_linear_grad", *inputs, to=[x.shape, a.shape, b.shape])
-    dweight = kernels.one("linear_grad_weight", x, dy, to=weight.shape)
-    return [y, dx, dweight, da, db, *(kernels.one("sum_rows", dy, to=one.shape) for one in bias)]
+    dx = kernels.one(f"{name}_grad", *inputs, hidden, dy, to=x.shape)
+    da, db = kernels.compute(f"{name}_grad_pair", *inputs, hidden, dy, to=[a.shape, b.shape])
+    dweight, *dbias = _weight_and_bias(kernels, x, weight, dy, bias, turned)
+    return [y, dx, dweight, da, db, *dbias]
 
 
 def attention(kernels: Kernels, q, k, v, settings):
@@ -128,7 +134,7 @@ def _attention(kernels: Kernels, name, *inputs, noise=SILENCE):
 
 
 def lora_with_dropout(kernels: Kernels, noise, *inputs):
-    return _lora(kernels, "lora_linear", *inputs, noise=noise)
+    return _lora(kernels, *inputs, noise=noise)
 
 
 def attention_with_dropout(kernels: Kernels, noise, *inputs):
@@ -242,9 +248,25 @@ def adamw(kernels: Kernels, *tensors):
     return [*changed, norm]
 
 
-_by_name = (linear, linear_bias, lora, lora_bias, attention, masked_attention, rms_norm, layer_norm, loss)
+_by_name = (
+    linear,
+    lora,
+    lora_bias,
+    lora_turned,
+    lora_turned_bias,
+    attention,
+    masked_attention,
+    rms_norm,
+    layer_norm,
+    loss,
+)
 FAMILIES = {
-    **{family.__name__: family for family in (*_by_name, split_heads, merge_heads, embedding)},
+    "linear_bias": linear,
+    **{name: partial(linear, turned=True) for name in ("linear_turned", "linear_turned_bias")},
+    **{
+        family.__name__: family
+        for family in (*_by_name, rms_norm, layer_norm, loss, split_heads, merge_heads, embedding)
+    },
     **{family.__name__: family for family in (cached_attention, adamw, scale_columns)},
     "described_attention": masked_attention,
     **{family.__name__: family for family in (lora_with_dropout, attention_with_dropout)},

@@ -11,7 +11,8 @@ from tests.ops.cpu.expected import worst
 
 
 def test_equals_torch(kernels, seed):
-    assert worst(kernels, some("scale_columns", 60, seed)) < 1e-5
+    # a factor's gradient is a sum over rows, of which little may be left
+    assert worst(kernels, some("scale_columns", 60, seed)) < 3e-5
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 7), (9, 1), (0, 7)])

@@ -11,11 +11,10 @@ from mindpeft.ops.cpu.linear import LinearBiasKernel, LinearKernel, LoraBiasKern
 from mindpeft.ops.linear import Product
 from tests.ops.cotangent import on_bfloat16_grid
 from tests.ops.cpu import native
-from tests.ops.cpu.cases import Case, Random, numbers, some
+from tests.ops.cpu.cases import PRODUCTS, Case, Random, numbers, some
 from tests.ops.cpu.cells import assert_equals_torch
 from tests.ops.cpu.expected import error, expectation, worst
 
-FAMILIES = ["linear", "linear_bias", "lora", "lora_bias"]
 CELLS = {
     "linear": LinearKernel,
     "linear_bias": LinearBiasKernel,
@@ -27,7 +26,7 @@ IN, OUT, RANK = 17, 33, 3
 
 def inputs_of(family: str, lead: tuple[int, ...], random: Random) -> Case:
     """A case of given rows."""
-    inputs = [random.normal(*lead, IN), random.normal(OUT, IN)]
+    inputs = [random.normal(*lead, IN), random.normal(*((IN, OUT) if "turned" in family else (OUT, IN)))]
     if family.startswith("lora"):
         inputs += [random.normal(RANK, IN), random.normal(OUT, RANK)]
     if family.endswith("bias"):
@@ -36,14 +35,14 @@ def inputs_of(family: str, lead: tuple[int, ...], random: Random) -> Case:
 
 
 @pytest.mark.parametrize("kind", ["", " bfloat16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PRODUCTS)
 def test_equals_torch(kernels, family, kind, seed):
     assert worst(kernels, some(family + kind, 30, seed)) < 1e-5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PRODUCTS)
 def test_cells(family):
-    cell = CELLS[family]()
+    cell = CELLS[family.replace("_turned", "")](turned="turned" in family)
 
     def call(*inputs):
         if not family.startswith("lora"):
@@ -93,7 +92,7 @@ def test_rounding_is_to_the_nearest_even_bfloat16(kernels):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("rows", [1, 8, 20])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PRODUCTS)
 def test_one_bad_number_goes_where_it_goes_in_torch(kernels, family, rows, value):
     case = inputs_of(family, (rows,), Random(1))
     for place in range(len(case.inputs)):
