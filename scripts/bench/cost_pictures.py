@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from limits import Point, least_memory, least_traffic, seconds, speed, step_products
+from limits import WIDTH, Point, least_memory, least_traffic, seconds, speed, step_products
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -44,7 +44,7 @@ def draw(path: Path, axis: str, figures: Figures, machine: dict[str, Any]) -> No
     fixed = ", ".join(
         words.format(getattr(Point(), name)) for name, (_, words) in AXES.items() if name != axis
     )
-    figure.suptitle(f"One LoRA step: {fixed}; {machine['name']}", fontsize=11)
+    figure.suptitle(f"One LoRA step of a BERT of width {WIDTH}: {fixed}; {machine['name']}", fontsize=11)
     figure.savefig(path, dpi=100)
 
 

@@ -50,8 +50,8 @@ GROWTH_HEAD = (
     "| peak, torch + peft, MB |"
 )
 HEAD = (
-    "| batch x length, rank, layers | mindpeft, s | torch + peft, s | ratio | limit, s | ratio by the clock "
-    "| mindpeft, GB | torch + peft, GB | ratio | limit, GB | first steps, s |"
+    "| batch x length, rank, layers | mindpeft, s | torch + peft, s | ratio | limit, s "
+    "| mindpeft, GB | torch + peft, GB | ratio | limit, GB |"
 )
 STEP_MAKERS = {"mindpeft": mindpeft_step, "torch": torch_step}
 
@@ -125,10 +125,9 @@ def row(point: Point, figures: dict[str, Any], measured: dict[str, Any]) -> str:
     times = [seconds(side, measured["threads"]) for side in (ours, peer)]
     return (
         f"| {name_of(point)} | {times[0]:.3f} | {times[1]:.3f} | {times[0] / times[1]:.2f} "
-        f"| {step_products(point) / speed(measured):.3f} | {ours['step'] / peer['step']:.2f} "
+        f"| {step_products(point) / speed(measured):.3f} "
         f"| {ours['memory']:.2f} | {peer['memory']:.2f} "
-        f"| {ours['memory'] / peer['memory']:.2f} | {least_memory(point) / 1e9:.2f} "
-        f"| {ours['first']:.1f}, {peer['first']:.1f} |"
+        f"| {ours['memory'] / peer['memory']:.2f} | {least_memory(point) / 1e9:.2f} |"
     )
 
 
