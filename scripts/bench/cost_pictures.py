@@ -30,7 +30,7 @@ def along(axis: str, figures: Figures) -> list[Point]:
 def draw(path: Path, axis: str, figures: Figures, machine: dict[str, Any]) -> None:
     """Write the picture of one axis."""
     points = along(axis, figures)
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     time, memory = figure.subplots(1, 2)
     _draw_seconds(time, axis, points, figures, machine)
     _draw_memory(memory, axis, points, figures)
@@ -40,7 +40,7 @@ def draw(path: Path, axis: str, figures: Figures, machine: dict[str, Any]) -> No
         panel.xaxis.set_minor_locator(NullLocator())
         panel.set_xlabel(AXES[axis][0])
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=8)
+        panel.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     fixed = ", ".join(
         words.format(getattr(Point(), name)) for name, (_, words) in AXES.items() if name != axis
     )
