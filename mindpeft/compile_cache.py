@@ -42,23 +42,24 @@ class CompileCache:
             else:
                 os.environ[name] = value
 
-    def open(self, cell: nn.Cell, arguments: Sequence[Any]) -> None:
-        """Let what is compiled next be read from the cache or written to it; does nothing if it is not on."""
+    def open(self, cell: nn.Cell, arguments: Sequence[Any]) -> bool:
+        """Let what is compiled next be read from the cache or written to it; does nothing if it is not on.
+
+        Returns:
+            whether the graph is there.
+        """
         folder = os.environ.get(SWITCH)
         if not folder:
-            return
+            return False
         key = graph_key(cell, arguments)
         if key is None:
-            logger.info(
-                "the graph of %s can't be kept: it holds values of unknown kinds", type(cell).__name__
-            )
-            return
-        settings = {
-            "MS_COMPILER_CACHE_ENABLE": "1",
-            "MS_COMPILER_CACHE_PATH": str(Path(folder).expanduser().resolve() / key),
-        }
+            logger.info("the graph of %s is not kept: it holds values of unknown kinds", type(cell).__name__)
+            return False
+        place = Path(folder).expanduser().resolve() / key
+        settings = {"MS_COMPILER_CACHE_ENABLE": "1", "MS_COMPILER_CACHE_PATH": str(place)}
         self._before = {name: os.environ.get(name) for name in settings}
         os.environ.update(settings)
+        return place.is_dir()
 
 
 def graph_key(cell: nn.Cell, arguments: Sequence[Any]) -> str | None:

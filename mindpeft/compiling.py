@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 from mindspore import nn
 
@@ -30,7 +30,7 @@ class CompiledCell(nn.Cell):
                 super().compile(*args, **kwargs)
             finally:
                 object.__setattr__(self, "_compilation", None)
-        if sharing.used:
+        if compilation.began:
             release_freed_memory()
 
     def check_names(self) -> None:
@@ -40,14 +40,18 @@ class CompiledCell(nn.Cell):
             self._compilation.begin(self)
 
 
-class _Compilation(NamedTuple):
-    sharing: SharedLayers
-    cache: CompileCache
-    arguments: tuple
+class _Compilation:
+    """What a compilation needs, if there is one."""
+
+    def __init__(self, sharing: SharedLayers, cache: CompileCache, arguments: tuple):
+        self.sharing, self.cache, self.arguments = sharing, cache, arguments
+        self.began = False
 
     def begin(self, cell: nn.Cell) -> None:
-        self.cache.open(cell, self.arguments)
-        self.sharing.mark(cell)
+        """Let MindSpore find the cache, and equal layers if it will not find the graph there."""
+        self.began = True
+        if not self.cache.open(cell, self.arguments):
+            self.sharing.mark(cell)
 
 
 def forget_compiled_graphs() -> None:

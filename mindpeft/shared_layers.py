@@ -21,14 +21,9 @@ _PREFIX = "lazy_inline_"
 
 
 class SharedLayers:
-    """What `mark` has marked shares its graphs inside a ``with`` block.
-
-    Attributes:
-        used: whether a model was marked.
-    """
+    """What `mark` has marked shares its graphs inside a ``with`` block."""
 
     def __init__(self) -> None:
-        self.used = False
         self._marked: list[nn.Cell] = []
 
     def __enter__(self) -> SharedLayers:
@@ -40,7 +35,6 @@ class SharedLayers:
 
     def mark(self, model: nn.Cell) -> None:
         """Let equal members of each ``CellList`` in a model share one graph, unless the switch is off."""
-        self.used = True
         if os.environ.get(SWITCH, "1") == "0":
             return
         for key, cells in _equal(model):
