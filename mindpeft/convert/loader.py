@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import mindspore as ms
 from mindspore import nn
@@ -15,6 +16,9 @@ from mindspore import nn
 from mindpeft.convert.checkpoint import Checkpoint
 from mindpeft.convert.tensors import FLOATS, dtype_name
 from mindpeft.errors import InputError
+
+if TYPE_CHECKING:
+    from mindpeft.nn.int8 import Int8Linear
 
 Renamer = Callable[[str], "str | None"]
 
@@ -67,6 +71,7 @@ def load_weights(
     ignore_unexpected: Iterable[str] = (),
     ignore_mismatched_sizes: bool = False,
     dtype: Any = None,
+    int8: Mapping[str, Int8Linear] = MappingProxyType({}),
 ) -> LoadReport:
     """Copy a checkpoint's tensors into a Cell's parameters.
 
@@ -80,6 +85,7 @@ def load_weights(
         ignore_unexpected: regular expressions; tensors whose name matches are left out in silence.
         ignore_mismatched_sizes: keep the model's value where shapes differ, instead of refusing.
         dtype: give every floating-point parameter of the cell this dtype; ``None`` leaves each its own.
+        int8: layers that round their weights themselves, by the names of those.
 
     Raises:
         InputError: shapes differ, two tensors claim one parameter, a floating-point tensor is meant for an
@@ -96,13 +102,16 @@ def load_weights(
     if misfits and not ignore_mismatched_sizes:
         raise InputError(_describe_misfits(checkpoint, misfits, places))
     chosen = {name: source for name, source in chosen.items() if name not in misfits}
-    _check_dtypes(checkpoint, chosen, places)
+    _check_dtypes(checkpoint, {name: source for name, source in chosen.items() if name not in int8}, places)
 
     if dtype is not None:
         set_float_dtype(places, dtype)
     done: set[int] = set()
     for name, source in chosen.items():
-        if id(places[name]) not in done:
+        if name in int8:
+            int8[name].take(checkpoint.read(source, ms.float32).numpy())
+            done |= {id(places[name]), id(int8[name].scale)}
+        elif id(places[name]) not in done:
             _fill(places[name], checkpoint, source)
             done.add(id(places[name]))
     untouched = {name: parameter for name, parameter in places.items() if id(parameter) not in done}
