@@ -1,6 +1,10 @@
 // Products of few rows with the transpose of a weight, which is read once, at the speed of the memory.
 #pragma once
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -17,6 +21,7 @@ typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), aligned(
 typedef uint16_t HalfLanes __attribute__((vector_size(kLanes * sizeof(uint16_t)), aligned(2)));
 typedef uint32_t WordLanes __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 typedef int8_t ByteLanes __attribute__((vector_size(kLanes), aligned(1)));
+typedef int16_t ShortLanes __attribute__((vector_size(kLanes * sizeof(int16_t))));
 typedef int32_t IntLanes __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
 inline Lanes load(const float* from) { return *reinterpret_cast<const Lanes*>(from); }
@@ -26,9 +31,14 @@ inline Lanes load(const bfloat16* from) {
   return reinterpret_cast<Lanes>(__builtin_convertvector(halves, WordLanes) << 16);
 }
 
+// GCC makes of one step from 8 bits to 32 a step for each number.
 inline Lanes load(const int8_t* from) {
-  const IntLanes numbers = __builtin_convertvector(*reinterpret_cast<const ByteLanes*>(from), IntLanes);
-  return __builtin_convertvector(numbers, Lanes);
+#ifdef __AVX512F__
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+  const ShortLanes shorts = __builtin_convertvector(*reinterpret_cast<const ByteLanes*>(from), ShortLanes);
+  return __builtin_convertvector(__builtin_convertvector(shorts, IntLanes), Lanes);
+#endif
 }
 
 inline float plain(float value) { return value; }

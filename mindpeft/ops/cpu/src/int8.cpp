@@ -138,12 +138,18 @@ void product_of_codes(int64_t m, const float* x, const Weight& weight, const flo
 }
 
 inline void put(float value, float* to) { *to = value; }
-inline void put(float value, mindpeft::bfloat16* to) { *to = mindpeft::narrow(value); }
+
+// Of a whole number of 8 bits, all of which are in the upper half.
+inline void put(float value, mindpeft::bfloat16* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  *to = static_cast<mindpeft::bfloat16>(bits >> 16);
+}
 
 // Calls use(first, count, numbers) for all rows of the weight, some at a time, as exact floats or bfloat16s.
 template <typename Number, typename Use>
 void in_pieces(const Weight& weight, const Use& use) {
-  const int64_t in = weight.in, some = std::min(weight.out, (1 << 20) / std::max<int64_t>(in, 1) + 64);
+  const int64_t in = weight.in, some = std::min(weight.out, (1 << 22) / std::max<int64_t>(in, 1) + 64);
   const mindpeft::Shared memory((some * in * sizeof(Number) + sizeof(float) - 1) / sizeof(float));
   auto* numbers = reinterpret_cast<Number*>(memory.data());
   for (int64_t first = 0; first < weight.out; first += some) {
