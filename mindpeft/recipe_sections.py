@@ -16,7 +16,7 @@ from mindpeft.recipe_values import check_choice
 PACKAGE_SCHEME = "package:"
 BUILTIN_DATA = ("stdlib_docs",)
 LANGUAGE_TASKS = ("causal_lm", "instruction")  # those of decoders
-_DTYPES = ("float32", "float16", "bfloat16", "auto")
+_DTYPES = ("float32", "float16", "bfloat16", "int8", "auto")
 
 
 @dataclass
@@ -26,7 +26,8 @@ class ModelSection:
     Attributes:
         path: a Hugging Face checkpoint folder, or ``package:NAME/FOLDER`` for a folder inside an installed
             Python package (found without importing it).
-        dtype: of the weights: float32, float16, bfloat16, or auto for the checkpoint's own.
+        dtype: of the weights: float32, float16, bfloat16, int8, or auto for the checkpoint's own; see
+            `mindpeft.models.pretrained.PreTrainedModel.from_pretrained`.
     """
 
     path: str

@@ -16,6 +16,7 @@ from mindpeft.convert.loader import LoadReport, hf_renamer, load_weights, parame
 from mindpeft.convert.tensors import LazyTensor
 from mindpeft.convert.writer import save_checkpoint
 from mindpeft.errors import InputError, did_you_mean
+from mindpeft.int8 import INT8, check_int8, has_int8, int8_tensors, use_int8
 from mindpeft.models.config import PretrainedConfig, read_config
 from mindpeft.nn import LayerNorm, RMSNorm
 from mindpeft.nn.checkpointing import is_checkpointing, set_checkpointing
@@ -67,7 +68,9 @@ class PreTrainedModel(CompiledCell):
             folder: holds config.json and model.safetensors, pytorch_model.bin, or their shards.
             dtype: of the parameters: ``float32``, ``float16``, ``bfloat16``, or ``auto`` for the one that
                 config.json names. On the CPU ``bfloat16`` is for matrices alone: see
-                `mindpeft.precision.parameter_dtypes`.
+                `mindpeft.precision.parameter_dtypes`. ``int8``, on the CPU alone, is for the weights of the
+                backbone's linear layers, which can't be trained or merged into; other matrices are then
+                bfloat16: see `mindpeft.int8.use_int8`.
             ignore_mismatched_sizes: initialise a tensor of another shape afresh instead of refusing it.
             overrides: keys of the configuration, such as ``num_labels=77``.
 
@@ -77,19 +80,24 @@ class PreTrainedModel(CompiledCell):
         Raises:
             InputError: the folder, its files or an override can't be used.
         """
+        if dtype == INT8:
+            check_int8()
         values = read_config(folder)
         config = cls.config_class.from_dict(values, name_or_path=str(folder), **overrides)
         with open_checkpoint(folder) as checkpoint:
             model = cls(config)
             rename = hf_renamer(parameter_places(model), cls.base_model_prefix)
-            held = set(map(rename, checkpoint.names()))
+            held = {rename(name): checkpoint.info(name).shape for name in checkpoint.names()}
+            int8 = use_int8(model, cls.base_model_prefix, held) if dtype == INT8 else {}
+            others = ms.bfloat16 if int8 else _dtype(dtype, values, INT8)
             report = load_weights(
                 model,
                 checkpoint,
                 rename=rename,
                 ignore_unexpected=cls.ignored_on_load,
                 ignore_mismatched_sizes=ignore_mismatched_sizes,
-                dtype=parameter_dtypes(model, _dtype(dtype, values), held),
+                dtype=parameter_dtypes(model, others, held),
+                int8=int8,
             )
         model.init_weights({*report.newly_initialised, *report.misshapen})
         model.load_report = report
@@ -147,18 +155,21 @@ class PreTrainedModel(CompiledCell):
 
         Args:
             folder: made if absent; an earlier checkpoint in it is replaced.
-            dtype: of the file's floating-point tensors, None for the parameters' own.
+            dtype: of the file's floating-point tensors; None for the parameters' own, and for float32
+                where some are int8, of which the numbers are written that they stand for.
             max_shard_size: a larger model is split, such as ``"5GB"``.
         """
         target = None if dtype is None else _dtype(dtype, {})
+        if target is None and has_int8(self):
+            target = ms.float32
+        replaced = int8_tensors(self, target)
         tensors = [
-            (
-                name,
-                LazyTensor.from_parameter(parameter, target if parameter.dtype in DTYPES.values() else None),
-            )
+            (name, replaced[id(parameter)] if id(parameter) in replaced else _written(parameter, target))
             for name, parameter in self.parameters_and_names()
         ]
-        save_checkpoint(folder, tensors, max_shard_size=max_shard_size)
+        save_checkpoint(
+            folder, [named for named in tensors if named[1] is not None], max_shard_size=max_shard_size
+        )
         self.config.extra["architectures"] = [type(self).__name__]
         self._note_dtype(target)
         self.config.save_pretrained(folder)
@@ -175,11 +186,18 @@ class PreTrainedModel(CompiledCell):
         return sum(parameter.size for parameter in self.get_parameters() if parameter.dtype == dtype)
 
 
-def _dtype(name: str, config: dict[str, Any]) -> ms.Type:
+def _written(parameter: ms.Parameter, dtype: ms.Type | None) -> LazyTensor:
+    """A parameter for the file, in a dtype if it is of floating-point numbers."""
+    return LazyTensor.from_parameter(parameter, dtype if parameter.dtype in DTYPES.values() else None)
+
+
+def _dtype(name: str, config: dict[str, Any], *further: str) -> ms.Type:
+    """The dtype of a name; an error tells of the further ones too."""
     if name == "auto":
         name = config.get("dtype") or config.get("torch_dtype") or "float32"
     if name not in DTYPES:
+        known = (*DTYPES, *further)
         raise InputError(
-            f"unknown dtype {name!r}; known: auto, {', '.join(DTYPES)}{did_you_mean(name, DTYPES)}"
+            f"unknown dtype {name!r}; known: auto, {', '.join(known)}{did_you_mean(name, known)}"
         )
     return DTYPES[name]

@@ -33,7 +33,9 @@ def chat(
     temperature: Annotated[float | None, typer.Option(help="Draw tokens at this temperature.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from that probability.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the draws.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: float32, float16, bfloat16, auto.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights: float32, float16, bfloat16, int8, auto.")
+    ] = "float32",
     device: Annotated[str, typer.Option(help="auto, Ascend, GPU or CPU.")] = "auto",
 ) -> None:
     """Talk with a model; /help lists the commands inside.

@@ -19,7 +19,9 @@ def export(
     rows: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt at most.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens written at most.")] = 128,
-    dtype: Annotated[str, typer.Option(help="Of the weights: float32, float16, bfloat16, auto.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights: float32, float16, bfloat16, int8, auto.")
+    ] = "float32",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a folder that isn't empty.")
     ] = False,

@@ -35,7 +35,9 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; repeatable.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 8,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the draws.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: float32, float16, bfloat16, auto.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights: float32, float16, bfloat16, int8, auto.")
+    ] = "float32",
     device: Annotated[str, typer.Option(help="auto, Ascend, GPU or CPU.")] = "auto",
 ) -> None:
     """Write text: one prompt's answer as it comes, several prompts' as JSON lines.

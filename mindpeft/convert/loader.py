@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import mindspore as ms
 from mindspore import nn
@@ -15,6 +16,9 @@ from mindspore import nn
 from mindpeft.convert.checkpoint import Checkpoint
 from mindpeft.convert.tensors import FLOATS, dtype_name
 from mindpeft.errors import InputError
+
+if TYPE_CHECKING:
+    from mindpeft.nn.int8 import Int8Linear
 
 Renamer = Callable[[str], "str | None"]
 
@@ -67,6 +71,7 @@ def load_weights(
     ignore_unexpected: Iterable[str] = (),
     ignore_mismatched_sizes: bool = False,
     dtype: Any = None,
+    int8: Mapping[str, Int8Linear] = MappingProxyType({}),
 ) -> LoadReport:
     """Copy a checkpoint's tensors into a Cell's parameters.
 
@@ -81,6 +86,7 @@ def load_weights(
         ignore_mismatched_sizes: keep the model's value where shapes differ, instead of refusing.
         dtype: give every floating-point parameter of the cell this dtype, or that of its name in a mapping;
             ``None`` leaves each its own.
+        int8: layers that round their weights themselves, by the names of those.
 
     Raises:
         InputError: shapes differ, two tensors claim one parameter, a floating-point tensor is meant for an
@@ -97,13 +103,16 @@ def load_weights(
     if misfits and not ignore_mismatched_sizes:
         raise InputError(_describe_misfits(checkpoint, misfits, places))
     chosen = {name: source for name, source in chosen.items() if name not in misfits}
-    _check_dtypes(checkpoint, chosen, places)
+    _check_dtypes(checkpoint, {name: source for name, source in chosen.items() if name not in int8}, places)
 
     dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(places, dtype)
     done: set[int] = set()
     # The largest first: while a tensor is copied it is there twice.
     for name in sorted(chosen, key=lambda name: -places[name].size):
-        if id(places[name]) not in done:
+        if name in int8:
+            int8[name].take(checkpoint.read(chosen[name], ms.float32).numpy())
+            done |= {id(places[name]), id(int8[name].scale)}
+        elif id(places[name]) not in done:
             _set_float_dtype(places[name], dtypes[name])
             _fill(places[name], checkpoint, chosen[name])
             done.add(id(places[name]))

@@ -19,6 +19,7 @@ import numpy as np
 from mindspore import nn, ops
 
 from mindpeft.errors import InputError
+from mindpeft.nn.int8 import Int8Linear
 from mindpeft.ops.columns import ScaleColumns
 from mindpeft.ops.linear import Product
 from mindpeft.parameters import assign
@@ -26,7 +27,7 @@ from mindpeft.parameters import assign
 Tensors = dict[str, np.ndarray]  # tensor name -> value on the host, in the adapter's true shape
 Shapes = dict[str, tuple[int, ...]]
 
-_LINEAR_CLASSES = frozenset({"Dense", "Linear", "Conv1D"})
+_LINEAR_CLASSES = frozenset({"Dense", "Linear", "Int8Linear", "Conv1D"})
 _EMBEDDING_CLASSES = frozenset({"Embedding", "EmbeddingExt", "VocabEmbedding"})
 _LOW_PRECISION = (ms.float16, ms.bfloat16)
 
@@ -344,8 +345,15 @@ def original(cell: nn.Cell) -> nn.Cell:
 
 def weight_matrix(cell: nn.Cell) -> np.ndarray:
     """A linear cell's weight, (out, in), in float32."""
+    if isinstance(cell, Int8Linear):
+        return cell.read()
     value = cell.weight.asnumpy().astype(np.float32)
     return value.T if is_transposed(cell) else value
+
+
+def float_weight(cell: nn.Cell, dtype: ms.dtype) -> ms.Tensor:
+    """A linear cell's weight as it lies, in a floating-point dtype; runs inside a graph."""
+    return ops.cast(cell.float_weight() if isinstance(cell, Int8Linear) else cell.weight, dtype)
 
 
 def padded(value: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:

@@ -12,7 +12,16 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
 
-from mindpeft.tuners.base import Shapes, Site, Tensors, is_transposed, original, weight_attribute
+from mindpeft.tuners.base import (
+    Shapes,
+    Site,
+    Tensors,
+    float_weight,
+    is_transposed,
+    original,
+    weight_attribute,
+    weight_matrix,
+)
 from mindpeft.tuners.lora_layers import LoraEmbedding, LoraLayer, LoraLinear
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -55,8 +64,12 @@ class DoraLayer(LoraLayer):
     @classmethod
     def norms(cls, site: Site, product: np.ndarray | np.float32) -> np.ndarray:
         """|W + s B A| for each output, (out,), for the original weight and s B A."""
-        weight = getattr(site.cell, weight_attribute(site.cell)).asnumpy().astype(np.float32)
-        return np.linalg.norm((weight.T if cls.is_transposed(site.cell) else weight) + product, axis=1)
+        return np.linalg.norm(cls.weight_of(site.cell) + product, axis=1)
+
+    @classmethod
+    def weight_of(cls, cell: nn.Cell) -> np.ndarray:
+        """The original weight, (out, in), in float32."""
+        return weight_matrix(cell)
 
     @classmethod
     def merged(cls, site: Site, weights: Tensors, tensors: Tensors, shared: Tensors | None = None) -> Tensors:
@@ -68,8 +81,10 @@ class DoraLayer(LoraLayer):
         return {attribute: (weights[attribute] + product) * factors[:, None]}
 
     def factors_less_one(self, weight: ms.Tensor, a: ms.Tensor, b: ms.Tensor) -> ms.Tensor:
-        """m / |W + s B A| - 1 for each output, (out,); 0 while switched off; runs inside a graph."""
-        weight = ops.cast(weight, self.slot_dtype)
+        """m / |W + s B A| - 1 for each output, (out,); 0 while switched off; runs inside a graph.
+
+        The weight is in the slot's dtype.
+        """
         # The square is multiplied out, |W|^2 + 2s (W A^T) B + s^2 (B A A^T) B, so that B A is never made.
         cross = _matmul_transposed(weight, a) if self.transposed else _matmul(weight, a)
         own = _product(b, _matmul(a, a))
@@ -87,7 +102,8 @@ class DoraLinear(DoraLayer, LoraLinear):
         total = ops.cast(result, self.slot_dtype)
         dropped = self.dropout(ops.cast(x, self.slot_dtype))
         update = self.update(dropped)
-        factors = self.factors_less_one(self.cell.weight, self.lora_A.weight, self.lora_B.weight)
+        weight = float_weight(self.cell, self.slot_dtype)
+        factors = self.factors_less_one(weight, self.lora_A.weight, self.lora_B.weight)
         # Off, the update and the factors are zeros, which leave the result as it is.
         adapted = total + update + self.scale_columns(self.product_of(dropped, total) + update, factors)
         return ops.cast(adapted, result.dtype)
@@ -95,7 +111,7 @@ class DoraLinear(DoraLayer, LoraLinear):
     def product_of(self, dropped: ms.Tensor, result: ms.Tensor) -> ms.Tensor:
         """W x without the bias; the dropout is on this x too."""
         if self.training and self.dropout.p > 0:
-            weight = ops.cast(self.cell.weight, self.slot_dtype)
+            weight = float_weight(self.cell, self.slot_dtype)
             if self.transposed:
                 rows = _product(dropped.reshape((-1, dropped.shape[-1])), weight)
                 return rows.reshape(result.shape)
@@ -117,9 +133,14 @@ class DoraEmbedding(DoraLayer, LoraEmbedding):
     def is_transposed(cell: nn.Cell) -> bool:
         return True
 
+    @classmethod
+    def weight_of(cls, cell: nn.Cell) -> np.ndarray:
+        return getattr(cell, weight_attribute(cell)).asnumpy().astype(np.float32).T
+
     def construct(self, ids: ms.Tensor) -> ms.Tensor:
         result = self.base_layer(ids)
         weight = self.cell.embedding_table if self.is_classic else self.cell.weight
+        weight = ops.cast(weight, self.slot_dtype)
         factors = self.factors_less_one(weight, self.lora_embedding_A, self.lora_embedding_B)
         total = ops.cast(result, self.slot_dtype) + ops.reshape(self.update(ids), result.shape)
         return ops.cast(total + self.scale_columns(total, factors), result.dtype)

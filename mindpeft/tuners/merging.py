@@ -12,6 +12,7 @@ from mindpeft.errors import InputError
 from mindpeft.parameters import Place
 from mindpeft.tuners.adapter import Adapter, Part
 from mindpeft.tuners.base import Tensors, TunerLayer
+from mindpeft.tuners.int8 import check_merge_int8
 from mindpeft.tuners.plan import BaseModel
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class Merging:
     def check(self, safe: bool) -> None:
         """Raise ``InputError`` for what can't be merged; with ``safe`` for values that aren't finite, too."""
         for part in self.parts:
+            check_merge_int8(part.plan)
             for path, kind in part.plan.classes.items():
                 if issubclass(kind, TunerLayer):
                     kind.check_merge(part.plan.sites[path])

@@ -23,9 +23,11 @@ from mindpeft.tuners.base import (
     Tensors,
     TunerLayer,
     check_linear,
+    float_weight,
     kaiming_uniform,
     linear_features,
     original,
+    weight_matrix,
 )
 from mindpeft.tuners.targeted import TargetedConfig, check_choice, check_count, check_rate
 
@@ -119,7 +121,7 @@ class MissLayer(TunerLayer):
     @classmethod
     def merged(cls, site: Site, weights: Tensors, tensors: Tensors, shared: Tensors | None = None) -> Tensors:
         # "bat" looks at the original weight, whatever other adapters act.
-        weight = site.cell.weight.asnumpy().astype(np.float32)
+        weight = weight_matrix(site.cell)
         return {"weight": weights["weight"] + cls.delta_of(weight, tensors["miss_block"])}
 
     def update(self, x: ms.Tensor) -> ms.Tensor:
@@ -185,7 +187,7 @@ class MissBatLinear(MissLayer):
     def update(self, x: ms.Tensor) -> ms.Tensor:
         blocks, rank, _ = self.miss_block.shape
         block = self.miss_block * self.scaling
-        weight = ops.cast(self.cell.weight, self.slot_dtype)
+        weight = float_weight(self.cell, self.slot_dtype)
         # r rows of W are, as they lie in memory, the rows of all its shards (of r columns) in these r rows.
         shards = self.product(weight.reshape((blocks, -1, rank)), block).reshape(weight.shape)
         return self.linear(x, shards) + self.linear(

@@ -15,6 +15,7 @@ from mindpeft.parameters import Place, base_places
 from mindpeft.targets import find_targets, output_head_names, resolve_targets, saved_modules
 from mindpeft.tuners.adapted_value import is_adapted
 from mindpeft.tuners.base import Shapes, Site, Slot, is_linear
+from mindpeft.tuners.int8 import check_int8
 
 
 @dataclass(frozen=True)
@@ -160,4 +161,6 @@ class BaseModel:
         saved = saved_modules(config, self.cells)
         copies = [name for name in self.places if any(name.startswith(f"{path}.") for path in saved)]
         selected = config.selected(self, set(targets))
-        return Plan(config, classes, sites, shapes, saved, copies, selected)
+        plan = Plan(config, classes, sites, shapes, saved, copies, selected)
+        check_int8(plan, self.places)
+        return plan

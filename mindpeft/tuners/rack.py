@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import mindspore as ms
 from mindspore import nn
 
+from mindpeft.cells import put_cell
 from mindpeft.compiling import forget_compiled_graphs
 from mindpeft.parameters import Place
 from mindpeft.tuners.adapter import Part
@@ -118,19 +119,12 @@ class Rack:
         return layers[-1] if layers else (self.base.cells[path] if path else self.base.model)
 
     def replace(self, path: str, cell: nn.Cell) -> None:
-        """Put a cell at a path. MindSpore then renames the parameters under it; the names are put back."""
-        names = [(parameter, parameter.name) for parameter in cell.get_parameters()]
+        """Put a cell at a path; its parameters keep their names."""
         parent_path, _, child = path.rpartition(".")
         if not path:
-            self.holder.base_model = cell
+            put_cell(self.holder, "base_model", cell)
         else:
-            parent = self.base.cells[parent_path] if parent_path else self.base.model
-            if isinstance(parent, nn.SequentialCell | nn.CellList):
-                parent[int(child)] = cell
-            else:
-                setattr(parent, child, cell)
-        for parameter, name in names:
-            parameter.name = name
+            put_cell(self.base.cells[parent_path] if parent_path else self.base.model, child, cell)
 
     def untie(self, plan: Plan) -> None:
         """Give saved cells parameters of their own where others share them (a head tied to an embedding)."""

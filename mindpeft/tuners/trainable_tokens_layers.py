@@ -9,6 +9,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
 
+from mindpeft.nn.int8 import Int8Linear
 from mindpeft.parameters import assign
 from mindpeft.tuners.base import (
     Shapes,
@@ -26,7 +27,8 @@ from mindpeft.tuners.base import (
 
 def token_table(cell: nn.Cell) -> ms.Parameter | None:
     """The matrix with a row for each token."""
-    fits = is_embedding(cell) or (is_linear(cell) and not is_transposed(cell))
+    is_table = is_linear(cell) and not is_transposed(cell) and not isinstance(cell, Int8Linear)
+    fits = is_embedding(cell) or is_table
     return getattr(cell, weight_attribute(cell)) if fits else None
 
 

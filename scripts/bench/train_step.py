@@ -55,6 +55,7 @@ _QWEN = Shape(2, 512, "qwen2.5-0.5b", "AutoModelForCausalLM", "CAUSAL_LM", "all-
 SHAPES = {
     "bert-base": _BERT,
     "bert-base-bf16": _BERT._replace(dtype="bfloat16"),
+    "bert-base-int8": _BERT._replace(dtype="int8"),  # torch's side is float32
     "minilm": Shape(32, 64, "minilm", *_CLASSIFIER),
     "qwen2.5-0.5b": _QWEN,
     "qwen2.5-0.5b-bf16": _QWEN._replace(dtype="bfloat16"),
@@ -96,7 +97,7 @@ def torch_step(folder: str, shape: Shape, adapt: Callable[[Any], Any] | None = N
     torch.set_num_threads(2)
     config = transformers.AutoConfig.from_pretrained(folder)
     auto = getattr(transformers, shape.auto)
-    dtype = getattr(torch, shape.dtype)
+    dtype = torch.float32 if shape.dtype == "int8" else getattr(torch, shape.dtype)
     model = auto.from_pretrained(folder, dtype=dtype, **no_dropout(config))
     model = adapt(model) if adapt else get_peft_model(model, LoraConfig(**lora_arguments(shape)))
     if shape.checkpointing:

@@ -47,6 +47,10 @@ class Random:
     def normal(self, *shape: int, scale: float = 1.0, mean: float = 0.0) -> np.ndarray:
         return self.generator.normal(mean, scale, shape).astype(np.float32)
 
+    def powers(self, *shape: int) -> np.ndarray:
+        """Some of two, and zeros among them."""
+        return self.generator.choice(numbers(0, 2**-9, 2**-6, 0.5), shape)
+
     def pick(self, choices):
         return choices[self.generator.integers(len(choices))]
 
@@ -86,6 +90,26 @@ def product(name: str, bfloat16: bool = False) -> Maker:
             yield Case(name, tuple(inputs), tuple(fixed), bfloat16)
 
     return make
+
+
+def int8_product(name: str) -> Maker:
+    """Of a frozen layer of int8; with a bias if its name says so."""
+
+    def make(random: Random) -> Iterator[Case]:
+        while True:
+            yield int8_case(random, name, random.lead(), random.pick(SIZES), random.pick(SIZES))
+
+    return make
+
+
+def int8_case(random: Random, name: str, lead: tuple[int, ...], into: int, out: int) -> Case:
+    """One whose x has 8 bits in each row, and whose scales are powers of two: no kernel rounds any of it."""
+    x = random.generator.integers(-127, 128, (*lead, into)).astype(np.float32)
+    x[..., :1] = 127
+    x *= random.powers(*lead, 1)
+    weight = random.generator.integers(-127, 128, (out, into)).astype(np.int8)
+    bias = [random.normal(out)] if name.endswith("bias") else []
+    return Case(name, (x, *bias), (weight, random.powers(out)))
 
 
 def qkv(random: Random, batch: int, heads: int, group: int, length: int, keys: int) -> tuple[np.ndarray, ...]:
@@ -304,6 +328,7 @@ EXACT: dict[str, Maker] = {
     "rms_norm": norm("rms_norm"),
     "layer_norm": norm("layer_norm"),
     "scale_columns": columns,
+    **{name: int8_product(name) for name in ("int8_linear", "int8_linear_bias")},
     **{name: elementwise(name, 1) for name in ("gelu", "tanh_gelu", "silu")},
     **{f"{name}_gate": elementwise(f"{name}_gate", 2) for name in ("gelu", "tanh_gelu", "silu")},
     "split_heads": heads_apart,
@@ -375,6 +400,8 @@ def large() -> list[Case]:
     return [
         Case("linear", (on_bfloat16_grid(x), grid), (), True),
         Case("linear", (x[:8], weight)),
+        int8_case(random, "int8_linear_bias", (1300,), 67, 1100),
+        int8_case(random, "int8_linear", (700,), 67, 1100),
         Case("lora_bias", (x, weight, *low_rank, random.normal(1100)), (numbers(0.5),)),
         Case("gelu_gate", (random.normal(1 << 20), random.normal(1 << 20))),
         Case("layer_norm", (wide, random.normal(257), random.normal(257)), (numbers(1e-5),)),

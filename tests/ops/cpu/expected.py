@@ -56,6 +56,14 @@ def linear(x, weight, bias=None):
     return F.linear(x, weight, bias)
 
 
+def int8_linear(x, weight, scale):
+    return F.linear(x, weight * scale[:, None])
+
+
+def int8_linear_bias(x, bias, weight, scale):
+    return int8_linear(x, weight, scale) + bias
+
+
 def lora(x, weight, a, b, scale):
     return x @ weight.T + scale * x @ a.T @ b.T
 
@@ -170,7 +178,7 @@ def embedding(weight, ids):
 
 _by_name = (linear, lora, lora_bias, attention, masked_attention, described_attention, rms_norm, layer_norm)
 _by_name = (*_by_name, loss, split_heads, merge_heads, split_and_turn, split_and_turn_neighbours, embedding)
-_by_name = (*_by_name, scale_columns)
+_by_name = (*_by_name, scale_columns, int8_linear, int8_linear_bias)
 FAMILIES = {
     **{family.__name__: family for family in (*_by_name, linear_turned, lora_turned, lora_turned_bias)},
     "linear_bias": linear,

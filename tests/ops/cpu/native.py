@@ -10,7 +10,7 @@ import numpy as np
 
 from tests.ops.cotangent import cotangent
 
-TYPES = {"float32": b"float32", "int32": b"int32", "uint16": b"bfloat16"}
+TYPES = {"float32": b"float32", "int32": b"int32", "uint16": b"bfloat16", "int8": b"int8"}
 GUARD = 17  # numbers around an output; odd, so that no output begins where a vector would
 UNTOUCHED = 0x7FC0BEEF  # a NaN of our own: what an output holds before the call
 SILENCE = np.array([0, 1, 0, 0], np.float32)  # noise for no dropout
@@ -84,6 +84,18 @@ def _weight_and_bias(kernels: Kernels, x, weight, dy, bias, turned):
     rows = (dy, x) if turned else (x, dy)
     dweight = kernels.one("linear_grad_weight", *rows, to=weight.shape)
     return [dweight, *(kernels.one("sum_rows", dy, to=one.shape) for one in bias)]
+
+
+def int8_linear(kernels: Kernels, x, weight, scale):
+    y = kernels.one("int8_linear", x, weight, scale, to=(*x.shape[:-1], weight.shape[0]))
+    return [y, kernels.one("int8_linear_grad", cotangent(y.shape), weight, scale, to=x.shape)]
+
+
+def int8_linear_bias(kernels: Kernels, x, bias, weight, scale):
+    y = kernels.one("int8_linear_bias", x, weight, scale, bias, to=(*x.shape[:-1], weight.shape[0]))
+    dy = cotangent(y.shape)
+    dx = kernels.one("int8_linear_grad", dy, weight, scale, to=x.shape)
+    return [y, dx, kernels.one("sum_rows", dy, to=bias.shape)]
 
 
 def lora(kernels: Kernels, x, weight, a, b, scale):
@@ -268,6 +280,7 @@ FAMILIES = {
         for family in (*_by_name, rms_norm, layer_norm, loss, split_heads, merge_heads, embedding)
     },
     **{family.__name__: family for family in (cached_attention, adamw, scale_columns)},
+    **{family.__name__: family for family in (int8_linear, int8_linear_bias)},
     "described_attention": masked_attention,
     **{family.__name__: family for family in (lora_with_dropout, attention_with_dropout)},
     **{name: activation(name) for name in ("gelu", "tanh_gelu", "silu")},

@@ -16,7 +16,7 @@ class Arguments {
   Arguments(int count, void** data, const int* ranks, int64_t** shapes, const char** types)
       : count_(count), data_(data), ranks_(ranks), shapes_(shapes), types_(types) {
     for (int tensor = 0; tensor < count; ++tensor) {
-      use_large_pages(data[tensor], size(tensor) * (is_bfloat16(tensor) ? 2 : 4));
+      use_large_pages(data[tensor], size(tensor) * bytes_of(types[tensor]));
     }
   }
 
@@ -48,6 +48,12 @@ class Arguments {
   bool is_bfloat16(int tensor) const { return std::strcmp(types_[tensor], "bfloat16") == 0; }
 
  private:
+  // Of one number of a type.
+  static int bytes_of(const char* type) {
+    if (std::strcmp(type, "int8") == 0) return 1;
+    return std::strcmp(type, "bfloat16") == 0 ? 2 : 4;
+  }
+
   int count_;
   void** data_;
   const int* ranks_;

@@ -3,9 +3,9 @@
 #include <dlfcn.h>
 
 #include <algorithm>
-#include <cstring>
 #include <type_traits>
 
+#include "few_rows.h"
 #include "threads.h"
 #include "vector_math.h"
 
@@ -49,91 +49,6 @@ struct Products {
 const Products& products() {
   static const Products found;
   return found;
-}
-
-constexpr int kLanes = 16;
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
-typedef uint16_t HalfLanes __attribute__((vector_size(kLanes * sizeof(uint16_t)), aligned(2)));
-typedef uint32_t WordLanes __attribute__((vector_size(kLanes * sizeof(uint32_t))));
-
-inline Lanes load(const float* from) { return *reinterpret_cast<const Lanes*>(from); }
-
-inline Lanes load(const bfloat16* from) {
-  const HalfLanes halves = *reinterpret_cast<const HalfLanes*>(from);
-  return reinterpret_cast<Lanes>(__builtin_convertvector(halves, WordLanes) << 16);
-}
-
-inline float plain(float value) { return value; }
-inline float plain(bfloat16 value) { return widen(value); }
-
-inline float total(Lanes lanes) {
-  typedef float Half __attribute__((vector_size(kLanes * 2)));
-  typedef float Quarter __attribute__((vector_size(kLanes)));
-  Half halves[2];
-  std::memcpy(halves, &lanes, sizeof(lanes));
-  const Half half = halves[0] + halves[1];
-  Quarter quarters[2];
-  std::memcpy(quarters, &half, sizeof(half));
-  const Quarter sums = quarters[0] + quarters[1];
-  return (sums[0] + sums[2]) + (sums[1] + sums[3]);
-}
-
-// Products of kRows rows of x with kColumns of weight, all of length k.
-template <int kRows, int kColumns, typename Weight>
-inline void dot(const float* x, int64_t x_stride, const Weight* weight, int64_t weight_stride, int64_t k,
-                float scale, float keep, float* y, int64_t y_stride) {
-  Lanes sums[kRows][kColumns] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= k; i += kLanes) {
-    Lanes columns[kColumns];
-    for (int c = 0; c < kColumns; ++c) columns[c] = load(weight + c * weight_stride + i);
-    for (int r = 0; r < kRows; ++r) {
-      const Lanes row = load(x + r * x_stride + i);
-      for (int c = 0; c < kColumns; ++c) sums[r][c] += row * columns[c];
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kColumns; ++c) {
-      float sum = total(sums[r][c]);
-      for (int64_t j = i; j < k; ++j) sum += x[r * x_stride + j] * plain(weight[c * weight_stride + j]);
-      float& target = y[r * y_stride + c];
-      target = keep == 0.0f ? scale * sum : scale * sum + keep * target;
-    }
-  }
-}
-
-// Columns begin ... end of x weight^T, for a few rows; the tile fills the registers of AVX-512.
-template <int kRows, typename Weight>
-void stream(const float* x, int64_t x_stride, const Weight* weight, int64_t weight_stride, int64_t k,
-            int64_t begin, int64_t end, float scale, float keep, float* y, int64_t y_stride) {
-  constexpr int kColumns = kRows >= 8 ? 2 : 4;
-  int64_t n = begin;
-  for (; n + kColumns <= end; n += kColumns) {
-    dot<kRows, kColumns>(x, x_stride, weight + n * weight_stride, weight_stride, k, scale, keep, y + n, y_stride);
-  }
-  for (; n < end; ++n) {
-    dot<kRows, 1>(x, x_stride, weight + n * weight_stride, weight_stride, k, scale, keep, y + n, y_stride);
-  }
-}
-
-template <typename Weight>
-void few_rows(int64_t m, int64_t n, int64_t k, float scale, const float* x, int64_t x_stride,
-              const Weight* weight, int64_t weight_stride, float keep, float* y, int64_t y_stride) {
-  move_to_large_pages(weight, n * weight_stride * sizeof(Weight));
-  in_parallel(n, std::max<int64_t>(1, 16384 / std::max<int64_t>(k, 1)), [&](int64_t begin, int64_t end) {
-    int64_t row = 0;
-    const auto next = [&](auto rows) {
-      constexpr int kRows = decltype(rows)::value;
-      for (; row + kRows <= m; row += kRows) {
-        stream<kRows>(x + row * x_stride, x_stride, weight, weight_stride, k, begin, end, scale, keep,
-                      y + row * y_stride, y_stride);
-      }
-    };
-    next(std::integral_constant<int, 8>());
-    next(std::integral_constant<int, 4>());
-    next(std::integral_constant<int, 2>());
-    next(std::integral_constant<int, 1>());
-  });
 }
 
 // Where no library was found: a plain product of floats over blocks that stay in the cache.
@@ -270,7 +185,6 @@ void multiply_in_parallel(int64_t m, int64_t n, int64_t k, float scale, Matrix a
 
 }  // namespace mindpeft
 
-// Whether MindSpore's library of products was found, and has fast ones of bfloat16s.
 extern "C" __attribute__((visibility("default"))) int has_fast_products() {
   return mindpeft::products().floats != nullptr;
 }

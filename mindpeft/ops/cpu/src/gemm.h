@@ -30,3 +30,7 @@ void multiply_in_parallel(int64_t m, int64_t n, int64_t k, float scale, Matrix a
                           float* c, int64_t stride);
 
 }  // namespace mindpeft
+
+// Whether MindSpore's library of products was found, and has fast ones of bfloat16s.
+extern "C" int has_fast_products();
+extern "C" int has_fast_bfloat16_products();
