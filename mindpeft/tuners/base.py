@@ -96,9 +96,6 @@ class _Choose(nn.Cell):
         return ops.zeros_like(first_is_it), dout * share, dout * (1.0 - share)
 
 
-_choose = _Choose()
-
-
 class Holder(nn.Cell):
     """A holder that gives the parameters of a slot dotted names (`lora_A.weight`)."""
 
@@ -125,6 +122,8 @@ class Slot(nn.Cell):
     def __init__(self, path: str, shapes: Shapes, dtype: ms.dtype, number: int = 0) -> None:
         super().__init__(auto_prefix=False)
         self.path = path
+        # One for each slot: MindSpore gives one Cell's gradient for a first shape to others too.
+        self.choose = _Choose()
         self.slot_dtype = dtype
         self.slot_shapes: Shapes = {}
         self.label = ".".join(part for part in (path, f"slot{number}" if number else "") if part)
@@ -279,7 +278,7 @@ class Slot(nn.Cell):
 
     def unless_off(self, adapted: ms.Tensor, plain: ms.Tensor) -> ms.Tensor:
         """`adapted`, or `plain` while the slot is switched off; runs inside a graph."""
-        return _choose(ops.not_equal(self.scaling, 0.0), adapted, plain)
+        return self.choose(ops.not_equal(self.scaling, 0.0), adapted, plain)
 
 
 class SharedSlot(Slot):

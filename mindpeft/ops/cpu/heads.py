@@ -58,7 +58,7 @@ class MergeHeadsKernel(Kernel):
         def gradients(x, out, dout):
             return (backward(dout),)
 
-        self.forward = kernel("merge_heads", _joined, gradients=gradients)
+        self.forward = kernel("merge_heads", _joined, gradients=gradients, heads=heads)
 
     def construct(self, x):
         return self.forward(x)

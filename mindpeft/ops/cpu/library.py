@@ -137,8 +137,8 @@ def kernel(
         gradients: inputs, outputs and the outputs' gradients -> the gradients of all inputs. It finds its
             operators outside itself: of a Cell's ``bprop``, or of a method, MindSpore does not see that it is
             a backward pass, and `mindspore.recompute` has no effect.
-        attributes: what else the shapes depend on. MindSpore takes two operators of one name and the same
-            attributes for one, and gives the second the first one's shapes.
+        attributes: what else the shapes or the gradients depend on. MindSpore takes two operators of one name
+            and the same attributes for one, and gives the second the first one's shapes and gradients.
     """
     types = ms.float32 if outputs == 1 else (ms.float32,) * outputs
     path = f"{library().path}:{name}"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import mindspore as ms
+import numpy as np
 import pytest
 from mindspore import Tensor
 
 from mindpeft.ops.cpu.heads import MergeHeadsKernel, SplitAndTurnKernel, SplitHeadsKernel
-from tests.ops.cpu.cases import some
+from tests.ops.cpu.cases import Random, some
 from tests.ops.cpu.cells import assert_equals_torch
 from tests.ops.cpu.expected import worst
 
@@ -46,3 +48,15 @@ def pick(family: str, empty: bool):
         for case in some(family, 60)
         if (case.inputs[0].size == 0) == empty and case.inputs[0].size < 5000
     )
+
+
+def test_each_number_of_heads_has_a_gradient_of_its_own_in_one_graph(graph_mode):
+    """MindSpore gives operators that it takes for one the first one's gradient."""
+    cells = [MergeHeadsKernel(2), MergeHeadsKernel(3)]
+
+    def both(x):
+        return cells[0](x.reshape((1, 2, 6, 2))).sum() + (cells[1](x.reshape((1, 3, 4, 2))) ** 2).sum()
+
+    x = Random(0).normal(24)
+    found = ms.jit(ms.grad(both))(Tensor(x)).asnumpy()
+    np.testing.assert_allclose(found, 1 + 2 * x, rtol=1e-5)
