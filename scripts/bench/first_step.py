@@ -34,7 +34,7 @@ def measure(folder: str, shape: str) -> dict[str, float]:
     import mindpeft.train.step  # noqa: F401
 
     imported = time.perf_counter()
-    step = mindpeft_step(folder, shape)
+    step = mindpeft_step(folder, SHAPES[shape])
     opened = time.perf_counter()
     seconds = [_seconds(step) for _ in range(STEPS)]
     later = statistics.median(seconds[1:])
@@ -69,7 +69,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder, cache = (
-            checkpoint(arguments.shape, Path(scratch)),
+            checkpoint(SHAPES[arguments.shape], Path(scratch)),
             {"MINDPEFT_COMPILE_CACHE": f"{scratch}/cache"},
         )
         in_a_process(folder, arguments.shape, **cache)  # fills it
