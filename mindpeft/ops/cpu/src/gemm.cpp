@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "amx.h"
 #include "few_rows.h"
 #include "threads.h"
 #include "vector_math.h"
@@ -82,25 +83,38 @@ void plain_product(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Matri
   }
 }
 
-// Part of a matrix as it is multiplied, from a row and a column on.
-Matrix from(const Matrix& matrix, int64_t row, int64_t column) {
-  const int64_t place = matrix.transposed ? column * matrix.stride + row : row * matrix.stride + column;
-  const int64_t bytes = place * (matrix.bfloat ? sizeof(bfloat16) : sizeof(float));
-  return Matrix(static_cast<const char*>(matrix.data) + bytes, matrix.stride, matrix.transposed, matrix.bfloat);
-}
-
 void split_product(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Matrix b, float keep, float* c,
                    int64_t stride) {
   const int64_t least = std::max<int64_t>(16, (1 << 16) / std::max<int64_t>(1, k * std::min(m, n)));
   if (n >= m) {
     in_parallel(n, least, [&](int64_t begin, int64_t end) {
-      multiply(m, end - begin, k, scale, a, from(b, 0, begin), keep, c + begin, stride);
+      multiply(m, end - begin, k, scale, a, b.from(0, begin), keep, c + begin, stride);
     });
   } else {
     in_parallel(m, least, [&](int64_t begin, int64_t end) {
-      multiply(end - begin, n, k, scale, from(a, begin, 0), b, keep, c + begin * stride, stride);
+      multiply(end - begin, n, k, scale, a.from(begin, 0), b, keep, c + begin * stride, stride);
     });
   }
+}
+
+// On the processor's matrix units: a rectangle of c for each thread, so shaped that little is packed twice.
+void matrix_unit_product(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Matrix b, float keep, float* c,
+                         int64_t stride) {
+  constexpr int64_t kPanel = 32;
+  const int64_t threads = thread_count(), tall = (m + kPanel - 1) / kPanel, wide = (n + kPanel - 1) / kPanel;
+  int64_t down = threads;
+  for (int64_t i = 1; i <= threads; ++i) {
+    if (threads % i == 0 && m / i + n / (threads / i) < m / down + n / (threads / down)) down = i;
+  }
+  const int64_t beside = threads / down;
+  run_tasks(threads, [&](int64_t task) {
+    const int64_t i = task / beside, j = task % beside;
+    const int64_t row = tall * i / down * kPanel, column = wide * j / beside * kPanel;
+    const int64_t rows = std::min(m, tall * (i + 1) / down * kPanel) - row;
+    const int64_t columns = std::min(n, wide * (j + 1) / beside * kPanel) - column;
+    if (rows <= 0 || columns <= 0) return;
+    amx::multiply(rows, columns, k, scale, a.from(row, 0), b.from(0, column), keep, c + row * stride + column, stride);
+  });
 }
 
 // Whether the library was found and has done it.
@@ -151,7 +165,7 @@ void widened_product(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Mat
     if (b.transposed) {
       split_product(m, count, k, scale, a, piece, keep, c + first, stride);
     } else {
-      split_product(m, n, count, scale, from(a, 0, first), piece, first == 0 ? keep : 1.0f, c, stride);
+      split_product(m, n, count, scale, a.from(0, first), piece, first == 0 ? keep : 1.0f, c, stride);
     }
     first += count;
   } while (first < rows);
@@ -179,6 +193,9 @@ void multiply_in_parallel(int64_t m, int64_t n, int64_t k, float scale, Matrix a
     }
     return;
   }
+  if (!a.bfloat && amx::worthwhile(m, n, k, b.bfloat)) {
+    return matrix_unit_product(m, n, k, scale, a, b, keep, c, stride);
+  }
   const auto product = !b.bfloat ? split_product : products().bfloats ? rounded_product : widened_product;
   product(m, n, k, scale, a, b, keep, c, stride);
 }
@@ -190,5 +207,5 @@ extern "C" __attribute__((visibility("default"))) int has_fast_products() {
 }
 
 extern "C" __attribute__((visibility("default"))) int has_fast_bfloat16_products() {
-  return mindpeft::products().bfloats != nullptr;
+  return mindpeft::products().bfloats != nullptr || mindpeft::amx::available();
 }

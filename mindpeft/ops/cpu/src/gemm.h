@@ -18,6 +18,13 @@ struct Matrix {
       : data(floats), stride(stride), transposed(transposed) {}
   Matrix(const void* data, int64_t stride, bool transposed, bool bfloat)
       : data(data), stride(stride), transposed(transposed), bfloat(bfloat) {}
+
+  // Part of it as it is multiplied, from a row and a column on.
+  Matrix from(int64_t row, int64_t column) const {
+    const int64_t place = transposed ? column * stride + row : row * stride + column;
+    const int64_t bytes = place * (bfloat ? sizeof(bfloat16) : sizeof(float));
+    return Matrix(static_cast<const char*>(data) + bytes, stride, transposed, bfloat);
+  }
 };
 
 // c (m, n) = scale a (m, k) b (k, n) + keep c, for floats, on this thread alone.

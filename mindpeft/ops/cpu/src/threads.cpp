@@ -15,7 +15,7 @@
 namespace mindpeft {
 namespace {
 
-constexpr int kSlots = 8;
+constexpr int kSlots = 10;
 constexpr std::size_t kAlignment = 64;
 
 int wanted_threads() {
