@@ -10,6 +10,7 @@ from mindspore import Parameter, nn
 from mindpeft.convert.loader import parameter_places
 from mindpeft.nn import Conv1D, Embedding, Linear
 from mindpeft.ops.attention import FLOATS
+from mindpeft.ops.cpu.library import Kernel
 from mindpeft.ops.device import on_cpu
 
 _MATRIX_CELLS = (Linear, Conv1D, Embedding)
@@ -42,6 +43,14 @@ def computing_dtype(model: nn.Cell) -> ms.Type:
     """The dtype of what passes between a model's layers."""
     dtype = next(parameter.dtype for parameter in model.get_parameters() if parameter.dtype in FLOATS)
     return ms.float32 if needs_widening(dtype) else dtype
+
+
+def keep_less(model: nn.Cell) -> None:
+    """Keep what the backward pass needs of a model's layers in bfloat16, where kernels know how to."""
+    for _, cell in list(model.cells_and_names()):
+        for name, child in list(cell.name_cells().items()):
+            if isinstance(child, Kernel):
+                setattr(cell, name, child.keeping_less())
 
 
 def needs_widening(dtype: ms.Type) -> bool:

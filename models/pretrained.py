@@ -17,10 +17,11 @@ from mindpeft.convert.tensors import LazyTensor
 from mindpeft.convert.writer import save_checkpoint
 from mindpeft.errors import InputError, did_you_mean
 from mindpeft.int8 import INT8, check_int8, has_int8, int8_tensors, use_int8
+from mindpeft.memory import release_freed_memory, tune_heap
 from mindpeft.models.config import PretrainedConfig, read_config
 from mindpeft.nn import LayerNorm, RMSNorm
 from mindpeft.nn.checkpointing import is_checkpointing, set_checkpointing
-from mindpeft.precision import parameter_dtypes
+from mindpeft.precision import keep_less, needs_widening, parameter_dtypes
 
 DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
 
@@ -82,6 +83,7 @@ class PreTrainedModel(CompiledCell):
         """
         if dtype == INT8:
             check_int8()
+        tune_heap()
         values = read_config(folder)
         config = cls.config_class.from_dict(values, name_or_path=str(folder), **overrides)
         with open_checkpoint(folder) as checkpoint:
@@ -99,6 +101,9 @@ class PreTrainedModel(CompiledCell):
                 dtype=parameter_dtypes(model, others, held),
                 int8=int8,
             )
+        if needs_widening(others):
+            keep_less(model)
+        release_freed_memory()
         model.init_weights({*report.newly_initialised, *report.misshapen})
         model.load_report = report
         model.set_train(False)

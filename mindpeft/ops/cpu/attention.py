@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import mindspore as ms
 from mindspore import Tensor, ops
 
@@ -9,7 +11,10 @@ from mindpeft.ops.cpu.dropout import NO_NOISE
 from mindpeft.ops.cpu.library import Kernel, kernel, must_fit, setting
 
 
-def _mixed(q: list[int], k: list[int], v: list[int], *_) -> tuple[tuple[int, ...], ...]:
+Shape = Sequence[int]
+
+
+def _mixed(q: Shape, k: Shape, v: Shape, *_) -> tuple[Shape, ...]:
     batch, heads, length, _ = q
     must_fit(q, k)
     if (k[0], k[0], k[1], k[2]) != (batch, *v[:3]) or heads % k[1]:
@@ -17,12 +22,22 @@ def _mixed(q: list[int], k: list[int], v: list[int], *_) -> tuple[tuple[int, ...
     return (batch, length, heads * v[-1]), (batch, heads, length)
 
 
-def _mixed_only(q: list[int], k: list[int], v: list[int], *_) -> tuple[int, ...]:
+def _mixed_and_kept(q: Shape, k: Shape, v: Shape, *_) -> tuple[Shape, ...]:
+    out, logs = _mixed(q, k, v)
+    return out, logs, q, k, v, out
+
+
+def _mixed_only(q: Shape, k: Shape, v: Shape, *_) -> Shape:
     return _mixed(q, k, v)[0]
 
 
-def _inputs(q: list[int], k: list[int], v: list[int], *_) -> tuple[list[int], ...]:
+def _inputs(q: Shape, k: Shape, v: Shape, *_) -> tuple[Shape, ...]:
     return q, k, v
+
+
+def _forward(name: str, gradients: Callable, less: bool) -> ops.Custom:
+    """The operator of attention."""
+    return kernel(name, _mixed_and_kept if less else _mixed, 2, gradients, 4 * less)
 
 
 class AttentionKernel(Kernel):
@@ -34,21 +49,27 @@ class AttentionKernel(Kernel):
     Args:
         scale: of the scores.
         softcap: their bound, 0 for none.
+        less: keep q, k, v and out for the backward pass in bfloat16, as four more outputs.
     """
 
-    def __init__(self, scale: float, softcap: float):
+    def __init__(self, scale: float, softcap: float, less: bool = False):
         super().__init__()
+        self.scale, self.softcap, self.less = scale, softcap, less
         self.settings = setting(scale, softcap)
         backward = kernel("attention_grad", _inputs, 3)
 
         def gradients(q, k, v, settings, noise, out, dout):
-            dq, dk, dv = backward(q, k, v, settings, noise, out[0], out[1], dout[0])
+            q, k, v, mixed = out[2:] if less else (q, k, v, out[0])
+            dq, dk, dv = backward(q, k, v, settings, noise, mixed, out[1], dout[0])
             return dq, dk, dv, ops.zeros_like(settings), ops.zeros_like(noise)
 
-        self.forward = kernel("attention", _mixed, 2, gradients)
+        self.forward = _forward("attention", gradients, less)
 
     def construct(self, q, k, v, noise):
         return self.forward(q, k, v, self.settings, noise)
+
+    def keeping_less(self) -> AttentionKernel:
+        return AttentionKernel(self.scale, self.softcap, less=True)
 
 
 class MaskedAttentionKernel(Kernel):
@@ -58,19 +79,24 @@ class MaskedAttentionKernel(Kernel):
     1; or it is a description, of `MaskRules`.
     """
 
-    def __init__(self, scale: float, softcap: float):
+    def __init__(self, scale: float, softcap: float, less: bool = False):
         super().__init__()
+        self.scale, self.softcap, self.less = scale, softcap, less
         self.settings = setting(scale, softcap)
         backward = kernel("masked_attention_grad", _inputs, 3)
 
         def gradients(q, k, v, mask, settings, noise, out, dout):
-            dq, dk, dv = backward(q, k, v, mask, settings, noise, out[0], out[1], dout[0])
+            q, k, v, mixed = out[2:] if less else (q, k, v, out[0])
+            dq, dk, dv = backward(q, k, v, mask, settings, noise, mixed, out[1], dout[0])
             return dq, dk, dv, ops.zeros_like(mask), ops.zeros_like(settings), ops.zeros_like(noise)
 
-        self.forward = kernel("masked_attention", _mixed, 2, gradients)
+        self.forward = _forward("masked_attention", gradients, less)
 
     def construct(self, q, k, v, mask, noise):
         return self.forward(q, k, v, mask, self.settings, noise)
+
+    def keeping_less(self) -> MaskedAttentionKernel:
+        return MaskedAttentionKernel(self.scale, self.softcap, less=True)
 
 
 class MaskRules(Kernel):

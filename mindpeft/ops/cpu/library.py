@@ -108,6 +108,10 @@ class Kernel(nn.Cell):
         """They hold nothing that changes, and MindSpore can't copy operators of this kind."""
         return self
 
+    def keeping_less(self) -> Kernel:
+        """The same kernel, which keeps tensors for the backward pass in bfloat16."""
+        return self
+
 
 @contextmanager
 def without_kernels(model: nn.Cell) -> Iterator[None]:
@@ -126,24 +130,30 @@ def without_kernels(model: nn.Cell) -> Iterator[None]:
 
 
 def kernel(
-    name: str, shapes: Callable, outputs: int = 1, gradients: Callable | None = None, **attributes: int
+    name: str,
+    shapes: Callable,
+    outputs: int = 1,
+    gradients: Callable | None = None,
+    kept: int = 0,
+    **attributes: int,
 ) -> ops.Custom:
     """The operator of a kernel; `kernels_on` must hold.
 
     Args:
         name: as in ``src/``.
         shapes: the inputs' shapes -> the output's, or a tuple of them.
-        outputs: how many there are, all of float32.
+        outputs: how many there are of float32.
         gradients: inputs, outputs and the outputs' gradients -> the gradients of all inputs. It finds its
             operators outside itself: of a Cell's ``bprop``, or of a method, MindSpore does not see that it is
             a backward pass, and `mindspore.recompute` has no effect.
+        kept: how many more there are of bfloat16, behind the others.
         attributes: what else the shapes or the gradients depend on. MindSpore takes two operators of one name
             and the same attributes for one, and gives the second the first one's shapes and gradients.
     """
-    types = ms.float32 if outputs == 1 else (ms.float32,) * outputs
+    types = (ms.float32,) * outputs + (ms.bfloat16,) * kept
     path = f"{library().path}:{name}"
-    operator = ops.Custom(path, shapes, lambda *_: types, func_type="aot", bprop=gradients)
-    for key, value in attributes.items():
+    operator = ops.Custom(path, shapes, lambda *_: types if len(types) > 1 else types[0], func_type="aot", bprop=gradients)
+    for key, value in {"kept": kept, **attributes}.items():
         operator.add_prim_attr(key, value)
     return operator
 

@@ -400,6 +400,7 @@ def large() -> list[Case]:
     return [
         Case("linear", (on_bfloat16_grid(x), grid), (), True),
         Case("linear", (x[:8], weight)),
+        *deep(random),
         int8_case(random, "int8_linear_bias", (1300,), 67, 1100),
         int8_case(random, "int8_linear", (700,), 67, 1100),
         Case("lora_bias", (x, weight, *low_rank, random.normal(1100)), (numbers(0.5),)),
@@ -419,6 +420,17 @@ def large() -> list[Case]:
         ),
         Case("loss", (x, weight), (labels,)),
         Case("embedding", (wide,), (random.generator.integers(0, 3000, 1300).astype(np.int32),)),
+    ]
+
+
+def deep(random: Random) -> list[Case]:
+    """Products of more rows, and deeper ones, than a core's second cache holds."""
+    x, weight, bias = random.normal(600, 1700), random.normal(130, 1700), random.normal(130)
+    turned = np.ascontiguousarray(on_bfloat16_grid(weight).T)
+    return [
+        Case("linear_bias", (x, weight, bias)),
+        Case("linear_bias", (on_bfloat16_grid(x), on_bfloat16_grid(weight), bias), (), True),
+        Case("linear_turned", (on_bfloat16_grid(x), turned), (), True),
     ]
 
 

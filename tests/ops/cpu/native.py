@@ -12,7 +12,8 @@ from tests.ops.cotangent import cotangent
 
 TYPES = {"float32": b"float32", "int32": b"int32", "uint16": b"bfloat16", "int8": b"int8"}
 GUARD = 17  # numbers around an output; odd, so that no output begins where a vector would
-UNTOUCHED = 0x7FC0BEEF  # a NaN of our own: what an output holds before the call
+# What an output holds before the call, in 32 bits or 16: NaNs that no kernel makes.
+UNTOUCHED, UNTOUCHED_HALF = 0x7FC0BEEF, 0x7FAB
 SILENCE = np.array([0, 1, 0, 0], np.float32)  # noise for no dropout
 Shape = tuple[int, ...]
 
@@ -37,19 +38,32 @@ class Kernels:
         types = (ctypes.c_char_p * count)(*(TYPES[tensor.dtype.name] for tensor in tensors))
         assert self.library[name](count, data, ranks, shapes, types, None, None) == 0
 
-    def compute(self, name: str, *inputs: np.ndarray, to: list[Shape]) -> list[np.ndarray]:
-        """The outputs of the given shapes; nothing beside them, and no input, may have been written."""
-        buffers = [np.full(int(np.prod(shape)) + 2 * GUARD, UNTOUCHED, np.uint32) for shape in to]
+    def compute(
+        self, name: str, *inputs: np.ndarray, to: list[Shape], kept: list[Shape] | None = None
+    ) -> list[np.ndarray]:
+        """The outputs of the given shapes; nothing beside them, and no input, may have been written.
+
+        Those of ``kept``, behind the others, are of bfloat16.
+        """
+        narrow = [False] * len(to) + [True] * len(kept or ())
+        shapes = [*to, *(kept or ())]
+        buffers = [
+            np.full(int(np.prod(shape)) + 2 * GUARD, UNTOUCHED_HALF, np.uint16)
+            if half
+            else np.full(int(np.prod(shape)) + 2 * GUARD, UNTOUCHED, np.uint32)
+            for shape, half in zip(shapes, narrow, strict=True)
+        ]
         outputs = [
-            buffer[GUARD : buffer.size - GUARD].view(np.float32).reshape(shape)
-            for buffer, shape in zip(buffers, to, strict=True)
+            buffer[GUARD : buffer.size - GUARD].view(np.uint16 if half else np.float32).reshape(shape)
+            for buffer, shape, half in zip(buffers, shapes, narrow, strict=True)
         ]
         before = [value.copy() for value in inputs]
         self.call(name, *inputs, *outputs)
-        for buffer in buffers:
-            assert (buffer[:GUARD] == UNTOUCHED).all(), f"{name} wrote before its output"
-            assert (buffer[buffer.size - GUARD :] == UNTOUCHED).all(), f"{name} wrote behind its output"
-            assert not (buffer[GUARD : buffer.size - GUARD] == UNTOUCHED).any(), f"{name} left numbers unset"
+        for buffer, half in zip(buffers, narrow, strict=True):
+            untouched = UNTOUCHED_HALF if half else UNTOUCHED
+            assert (buffer[:GUARD] == untouched).all(), f"{name} wrote before its output"
+            assert (buffer[buffer.size - GUARD :] == untouched).all(), f"{name} wrote behind its output"
+            assert not (buffer[GUARD : buffer.size - GUARD] == untouched).any(), f"{name} left numbers unset"
         for value, kept in zip(inputs, before, strict=True):
             assert value.tobytes() == kept.tobytes(), f"{name} wrote to an input"
         return [output.copy() for output in outputs]
@@ -62,6 +76,43 @@ class Kernels:
 def to_bfloat16(numbers: np.ndarray) -> np.ndarray:
     """The upper halves of float32 numbers that bfloat16 holds exactly."""
     return (np.ascontiguousarray(numbers).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def from_bfloat16(halves: np.ndarray) -> np.ndarray:
+    return (halves.astype(np.uint32) << 16).view(np.float32).reshape(halves.shape)
+
+
+def keep(kernels: Kernels, name: str, inputs, outputs, tensors) -> list[np.ndarray]:
+    """Call a kernel that keeps tensors for the backward pass in bfloat16, and return these.
+
+    Its outputs must be the same as without, and what it keeps the tensors to the nearest.
+    """
+    to = [value.shape for value in outputs]
+    found = kernels.compute(name, *inputs, to=to, kept=[x.shape for x in tensors])
+    again, kept = found[: len(to)], found[len(to) :]
+    for value, other in zip(again, outputs, strict=True):
+        np.testing.assert_array_equal(value, other)
+    for halves, x in zip(kept, tensors, strict=True):
+        with np.errstate(invalid="ignore"):
+            far = np.abs(from_bfloat16(halves) - x) > np.maximum(np.abs(x) * 2.0**-8, 1e-38)
+        assert not (far & np.isfinite(x)).any()
+        np.testing.assert_array_equal(np.isfinite(from_bfloat16(halves)), np.isfinite(x))
+    return kept
+
+
+def same_gradients(kernels: Kernels, name: str, kept, rest, to: list[Shape]) -> None:
+    """A gradient kernel reads kept tensors in bfloat16 as it reads the same numbers in float32.
+
+    ``rest`` are its other inputs, each with its place.
+    """
+    calls = []
+    for tensors in (kept, [from_bfloat16(halves) for halves in kept]):
+        inputs = list(tensors)
+        for place, value in rest:
+            inputs.insert(place, value)
+        calls.append(kernels.compute(name, *inputs, to=to))
+    for narrow, wide in zip(*calls, strict=True):
+        np.testing.assert_allclose(narrow, wide, rtol=1e-6, atol=1e-6 * np.abs(wide).max(initial=0))
 
 
 def rows_of(x: np.ndarray) -> int:
@@ -141,7 +192,12 @@ def _attention(kernels: Kernels, name, *inputs, noise=SILENCE):
     to = [(batch, length, heads * v.shape[-1]), (batch, heads, length)]
     out, logs = kernels.compute(name, *inputs, to=to)
     dout = cotangent(out.shape)
-    gradients = kernels.compute(f"{name}_grad", *inputs, out, logs, dout, to=[q.shape, k.shape, v.shape])
+    to = [q.shape, k.shape, v.shape]
+    gradients = kernels.compute(f"{name}_grad", *inputs, out, logs, dout, to=to)
+    kept = keep(kernels, name, inputs, [out, logs], [q, k, v, out])
+    if all(np.isfinite(value).all() for value in inputs):
+        rest = [*enumerate(inputs[3:], 3), (len(inputs) + 1, logs), (len(inputs) + 2, dout)]
+        same_gradients(kernels, f"{name}_grad", kept, rest, to)
     return [out, *gradients]
 
 
@@ -157,6 +213,10 @@ def rms_norm(kernels: Kernels, x, weight, eps):
     y, scale = kernels.compute("rms_norm", x, weight, eps, to=[x.shape, (rows_of(x),)])
     dy = cotangent(y.shape)
     dx = kernels.one("rms_norm_grad", x, weight, scale, dy, to=x.shape)
+    kept = keep(kernels, "rms_norm", (x, weight, eps), [y, scale], [x])
+    if np.isfinite(x).all():
+        same_gradients(kernels, "rms_norm_grad", kept, [(1, weight), (2, scale), (3, dy)], [x.shape])
+        same_gradients(kernels, "rms_norm_grad_weight", kept, [(1, scale), (2, dy)], [weight.shape])
     return [y, dx, kernels.one("rms_norm_grad_weight", x, scale, dy, to=weight.shape)]
 
 
@@ -166,6 +226,11 @@ def layer_norm(kernels: Kernels, x, weight, bias, eps):
     dy = cotangent(y.shape)
     dx = kernels.one("layer_norm_grad", x, weight, mean, scale, dy, to=x.shape)
     dweight = kernels.one("layer_norm_grad_weight", x, mean, scale, dy, to=weight.shape)
+    kept = keep(kernels, "layer_norm", (x, weight, bias, eps), [y, mean, scale], [x])
+    if np.isfinite(x).all():
+        rest = [(1, weight), (2, mean), (3, scale), (4, dy)]
+        same_gradients(kernels, "layer_norm_grad", kept, rest, [x.shape])
+        same_gradients(kernels, "layer_norm_grad_weight", kept, rest[1:], [weight.shape])
     return [y, dx, dweight, kernels.one("sum_rows", dy, to=bias.shape)]
 
 
@@ -180,10 +245,11 @@ def scale_columns(kernels: Kernels, x, factors):
 
 def activation(name: str):
     def family(kernels: Kernels, x):
-        return [
-            kernels.one(name, x, to=x.shape),
-            kernels.one(f"{name}_grad", x, cotangent(x.shape), to=x.shape),
-        ]
+        y, dy = kernels.one(name, x, to=x.shape), cotangent(x.shape)
+        kept = keep(kernels, name, (x,), [y], [x])
+        if np.isfinite(x).all():
+            same_gradients(kernels, f"{name}_grad", kept, [(1, dy)], [x.shape])
+        return [y, kernels.one(f"{name}_grad", x, dy, to=x.shape)]
 
     return family
 
@@ -192,7 +258,11 @@ def gate(name: str):
     def family(kernels: Kernels, x, up):
         dy = cotangent(x.shape)
         gradients = kernels.compute(f"{name}_gate_grad", x, up, dy, to=[x.shape, x.shape])
-        return [kernels.one(f"{name}_gate", x, up, to=x.shape), *gradients]
+        y = kernels.one(f"{name}_gate", x, up, to=x.shape)
+        kept = keep(kernels, f"{name}_gate", (x, up), [y], [x, up])
+        if np.isfinite(x).all() and np.isfinite(up).all():
+            same_gradients(kernels, f"{name}_gate_grad", kept, [(2, dy)], [x.shape, x.shape])
+        return [y, *gradients]
 
     return family
 

@@ -1,10 +1,12 @@
 // GELU, and the gated units of feed-forward layers: act(gate) * up.
+#include <type_traits>
+
 #include "elementwise.h"
-#include "vector_math.h"
 
 namespace {
 
 using mindpeft::each;
+using mindpeft::number;
 
 struct ExactGelu {
   static float value(float x) { return x * share(x); }
@@ -36,37 +38,51 @@ struct Silu {
   }
 };
 
-// x -> y
+// The inputs are kept for the backward pass, if the call asks for it: as outputs more, in bfloat16s.
+void keep_inputs(const mindpeft::Arguments& arguments, int inputs) {
+  for (int input = 0, output = inputs + 1; output < arguments.count(); ++input, ++output) {
+    mindpeft::keep(arguments.size(0), arguments.at(input), arguments.at<mindpeft::bfloat16>(output));
+  }
+}
+
+// x -> y, and x to be kept
 template <typename Activation>
 void activate(const mindpeft::Arguments& arguments) {
   each(arguments.size(0), arguments.at(1), [](float x) { return Activation::value(x); }, arguments.at(0));
+  keep_inputs(arguments, 1);
 }
 
-// x, dy -> dx
+// x, in floats or bfloat16s, dy -> dx
 template <typename Activation>
 void activate_grad(const mindpeft::Arguments& arguments) {
-  each(arguments.size(0), arguments.at(2), [](float x, float dy) { return Activation::slope(x) * dy; },
-       arguments.at(0), arguments.at(1));
+  arguments.read(0, [&](const auto* x) {
+    each(arguments.size(0), arguments.at(2), [](auto x, float dy) { return Activation::slope(number(x)) * dy; }, x,
+         arguments.at(1));
+  });
 }
 
-// gate, up -> y
+// gate, up -> y, and both to be kept
 template <typename Activation>
 void gate(const mindpeft::Arguments& arguments) {
   each(arguments.size(0), arguments.at(2), [](float x, float up) { return Activation::value(x) * up; },
        arguments.at(0), arguments.at(1));
+  keep_inputs(arguments, 2);
 }
 
-// gate, up, dy -> dgate, dup
+// gate and up, in floats or bfloat16s, dy -> dgate, dup
 template <typename Activation>
 void gate_grad(const mindpeft::Arguments& arguments) {
-  const float *x = arguments.at(0), *up = arguments.at(1), *dy = arguments.at(2);
-  float *dgate = arguments.at(3), *dup = arguments.at(4);
-  mindpeft::in_parallel(arguments.size(0), mindpeft::kLeastNumbers, [=](int64_t begin, int64_t end) {
+  arguments.read(0, [&](const auto* x) {
+    const auto* up = arguments.at<std::remove_pointer_t<decltype(x)>>(1);
+    const float* dy = arguments.at(2);
+    float *dgate = arguments.at(3), *dup = arguments.at(4);
+    mindpeft::in_parallel(arguments.size(0), mindpeft::kLeastNumbers, [=](int64_t begin, int64_t end) {
 #pragma omp simd
-    for (int64_t i = begin; i < end; ++i) {
-      dgate[i] = Activation::slope(x[i]) * up[i] * dy[i];
-      dup[i] = Activation::value(x[i]) * dy[i];
-    }
+      for (int64_t i = begin; i < end; ++i) {
+        dgate[i] = Activation::slope(number(x[i])) * number(up[i]) * dy[i];
+        dup[i] = Activation::value(number(x[i])) * dy[i];
+      }
+    });
   });
 }
 

@@ -107,11 +107,15 @@ inline bool to_line<3>(__m512 left, __m512 right, bool interlaced, Words* line) 
                                                       23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
                                                       45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
   constexpr int kNoNumber = 0x99;  // infinities, and what is not a number
-  const bool finite = (_mm512_fpclass_ps_mask(left, kNoNumber) | _mm512_fpclass_ps_mask(right, kNoNumber)) == 0;
-  const Words upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  const Words half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  const auto rounded = [&](__m512 x) { return _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(x), half), upper); };
+  bool finite = true;
   for (int i = 0; i < 3; ++i) {
-    const Words a = _mm512_and_si512(_mm512_castps_si512(left), upper);
-    const Words b = _mm512_and_si512(_mm512_castps_si512(right), upper);
+    const Words a = rounded(left), b = rounded(right);
+    if (i == 0) {  // a number near the largest may be rounded to infinity
+      finite = (_mm512_fpclass_ps_mask(_mm512_castsi512_ps(a), kNoNumber) |
+                _mm512_fpclass_ps_mask(_mm512_castsi512_ps(b), kNoNumber)) == 0;
+    }
     line[i] = interlaced ? _mm512_or_si512(_mm512_srli_epi32(a, 16), b)
                          : _mm512_permutex2var_epi16(a, _mm512_load_si512(kUpper), b);
     left = _mm512_sub_ps(left, _mm512_castsi512_ps(a));

@@ -45,6 +45,16 @@ class Arguments {
   int64_t width(int tensor) const { return ranks_[tensor] == 0 ? 1 : axis(tensor, -1); }
   int64_t rows(int tensor) const { return width(tensor) == 0 ? 0 : size(tensor) / width(tensor); }
 
+  // Calls use(numbers) with a tensor's floats or bfloat16s.
+  template <typename Use>
+  void read(int tensor, const Use& use) const {
+    if (is_bfloat16(tensor)) {
+      use(static_cast<const bfloat16*>(data_[tensor]));
+    } else {
+      use(static_cast<const float*>(data_[tensor]));
+    }
+  }
+
   bool is_bfloat16(int tensor) const { return std::strcmp(types_[tensor], "bfloat16") == 0; }
 
  private:

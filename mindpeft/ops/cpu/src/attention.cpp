@@ -12,6 +12,8 @@
 
 #include <cmath>
 
+#include "elementwise.h"
+
 namespace {
 
 using mindpeft::Block;
@@ -137,9 +139,15 @@ void attend_all(const Problem& problem, float* out, float* logs) {
   });
 }
 
+// q, k, v and what comes out are kept for the backward pass, if the call asks for it: as outputs more, in bfloat16s.
 void forward(const mindpeft::Arguments& arguments, int settings, int mask) {
   const int outputs = settings + 2;
   attend_all(Problem(arguments, settings, mask), arguments.at(outputs), arguments.at(outputs + 1));
+  if (arguments.count() == outputs + 2) return;
+  int kept = outputs + 2;
+  for (const int tensor : {0, 1, 2, outputs}) {
+    mindpeft::keep(arguments.size(tensor), arguments.at(tensor), arguments.at<mindpeft::bfloat16>(kept++));
+  }
 }
 
 // Puts new rows of each head, (batch * heads, count, size), into a cache, (batch * heads, room, size).
@@ -164,9 +172,10 @@ void forward_with_cache(const mindpeft::Arguments& arguments, bool first, int ou
 
 }  // namespace
 
-// q, k, v, settings, noise -> out, logs (batch, heads, length): of the sums of the scores' exponentials
+// q, k, v, settings, noise -> out, logs (batch, heads, length): of the sums of the scores' exponentials; and q, k, v
+// and out to be kept
 MINDPEFT_KERNEL(attention) { forward(arguments, 3, -1); }
-// q, k, v, mask, settings, noise -> out, logs
+// q, k, v, mask, settings, noise -> the same
 MINDPEFT_KERNEL(masked_attention) { forward(arguments, 4, 3); }
 // The first tokens of a text, which see each other -> out
 MINDPEFT_KERNEL(attention_beginning_cache) { forward_with_cache(arguments, true, 8); }

@@ -31,11 +31,18 @@ struct Problem {
         scale(arguments.at(settings)[0]),
         cap(arguments.at(settings)[1]), noise(arguments.at(settings + 1)) {}
 
+  // The same of other tensors.
+  Problem of(const float* queries, const float* their_keys, const float* values) const {
+    Problem other = *this;
+    other.q = queries;
+    other.k = their_keys;
+    other.v = values;
+    return other;
+  }
+
   // The same queries on the keys and values that a cache (batch, key heads, keys, size) holds.
   Problem on(const float* cached_keys, const float* cached_values, int64_t room) const {
-    Problem other = *this;
-    other.k = cached_keys;
-    other.v = cached_values;
+    Problem other = of(q, cached_keys, cached_values);
     other.keys = room;
     return other;
   }

@@ -4,6 +4,8 @@
 
 #include <cmath>
 
+#include "elementwise.h"
+
 namespace {
 
 using mindpeft::Block;
@@ -121,10 +123,8 @@ void share_of_rows(const Problem& problem, const float* out, const float* dout, 
   });
 }
 
-void backward(const mindpeft::Arguments& arguments, int settings, int mask) {
-  const Problem problem(arguments, settings, mask);
-  const int inputs = settings + 2;  // of out, logs, dout; then come dq, dk, dv
-  const float *out = arguments.at(inputs), *logs = arguments.at(inputs + 1), *dout = arguments.at(inputs + 2);
+void backward(const mindpeft::Arguments& arguments, const Problem& problem, int inputs, const float* out) {
+  const float *logs = arguments.at(inputs + 1), *dout = arguments.at(inputs + 2);
   float *dq = arguments.at(inputs + 3), *dk = arguments.at(inputs + 4), *dv = arguments.at(inputs + 5);
   const int64_t query_numbers = problem.batch * problem.heads * problem.length * problem.size;
   const int64_t heads = problem.batch * problem.key_heads, blocks = (problem.keys + kKeys - 1) / kKeys;
@@ -151,9 +151,25 @@ void backward(const mindpeft::Arguments& arguments, int settings, int mask) {
   }
 }
 
+// A tensor that was kept in bfloat16s.
+class Restored : public mindpeft::Shared {
+ public:
+  Restored(const mindpeft::Arguments& arguments, int tensor) : Shared(arguments.size(tensor)) {
+    mindpeft::restore(arguments.size(tensor), arguments.at<mindpeft::bfloat16>(tensor), data());
+  }
+};
+
+void backward(const mindpeft::Arguments& arguments, int settings, int mask) {
+  const Problem problem(arguments, settings, mask);
+  const int inputs = settings + 2;  // of out, logs, dout; then come dq, dk, dv
+  if (!arguments.is_bfloat16(0)) return backward(arguments, problem, inputs, arguments.at(inputs));
+  const Restored q(arguments, 0), k(arguments, 1), v(arguments, 2), out(arguments, inputs);
+  backward(arguments, problem.of(q.data(), k.data(), v.data()), inputs, out.data());
+}
+
 }  // namespace
 
-// q, k, v, settings, noise, out, logs, dout -> dq, dk, dv
+// q, k, v, settings, noise, out, logs, dout -> dq, dk, dv; q, k, v and out in floats or bfloat16s
 MINDPEFT_KERNEL(attention_grad) { backward(arguments, 3, -1); }
 // q, k, v, mask, settings, noise, out, logs, dout -> dq, dk, dv
 MINDPEFT_KERNEL(masked_attention_grad) { backward(arguments, 4, 3); }

@@ -41,9 +41,8 @@ inline Lanes load(const int8_t* from) {
 #endif
 }
 
-inline float plain(float value) { return value; }
-inline float plain(int8_t value) { return value; }
-inline float plain(bfloat16 value) { return widen(value); }
+inline float number(int8_t value) { return value; }
+using mindpeft::number;
 
 inline float total(Lanes lanes) {
   typedef float Half __attribute__((vector_size(kLanes * 2)));
@@ -74,7 +73,7 @@ inline void dot(const float* x, int64_t x_stride, const Weight* weight, int64_t 
   for (int r = 0; r < kRows; ++r) {
     for (int c = 0; c < kColumns; ++c) {
       float sum = total(sums[r][c]);
-      for (int64_t j = i; j < k; ++j) sum += x[r * x_stride + j] * plain(weight[c * weight_stride + j]);
+      for (int64_t j = i; j < k; ++j) sum += x[r * x_stride + j] * number(weight[c * weight_stride + j]);
       float& target = y[r * y_stride + c];
       target = keep == 0.0f ? scale * sum : scale * sum + keep * target;
     }

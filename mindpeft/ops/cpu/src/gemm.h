@@ -41,3 +41,5 @@ void multiply_in_parallel(int64_t m, int64_t n, int64_t k, float scale, Matrix a
 // Whether MindSpore's library of products was found, and has fast ones of bfloat16s.
 extern "C" int has_fast_products();
 extern "C" int has_fast_bfloat16_products();
+// Whether the processor has matrix units (AMX) that this process may use.
+extern "C" int has_matrix_units();

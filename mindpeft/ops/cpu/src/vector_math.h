@@ -17,6 +17,10 @@ inline float from_bits(uint32_t bits) {
 
 inline float widen(bfloat16 value) { return from_bits(static_cast<uint32_t>(value) << 16); }
 
+// A number of either type.
+inline float number(float value) { return value; }
+inline float number(bfloat16 value) { return widen(value); }
+
 // To the nearest bfloat16, to the even one half-way; NaN stays NaN.
 inline bfloat16 narrow(float value) {
   uint32_t bits;
