@@ -18,6 +18,7 @@ from mindpeft.ops.cpu import kernels_on
 from mindpeft.ops.cpu.dropout import Noise
 from mindpeft.ops.cpu.linear import WEIGHT_TYPES, LoraBiasKernel, LoraKernel
 from mindpeft.ops.dropout import dropout
+from mindpeft.precision import needs_widening
 from mindpeft.targets import pattern_value
 from mindpeft.tuners.base import (
     Shapes,
@@ -74,8 +75,9 @@ class LoraLinear(LoraLayer):
         self.dropout = dropout(0.0)
         self.kernel = None
         if type(self) is LoraLinear and type(base_layer) in (Linear, Conv1D) and kernels_on():
-            turned = is_transposed(base_layer)
-            self.kernel = LoraKernel(turned) if base_layer.bias is None else LoraBiasKernel(turned)
+            turned, less = is_transposed(base_layer), needs_widening(base_layer.weight.dtype)
+            kernel = LoraKernel if base_layer.bias is None else LoraBiasKernel
+            self.kernel = kernel(turned, less)
             self.noise = Noise(0.0)
 
     @classmethod

@@ -152,7 +152,9 @@ def kernel(
     """
     types = (ms.float32,) * outputs + (ms.bfloat16,) * kept
     path = f"{library().path}:{name}"
-    operator = ops.Custom(path, shapes, lambda *_: types if len(types) > 1 else types[0], func_type="aot", bprop=gradients)
+    operator = ops.Custom(
+        path, shapes, lambda *_: types if len(types) > 1 else types[0], func_type="aot", bprop=gradients
+    )
     for key, value in {"kept": kept, **attributes}.items():
         operator.add_prim_attr(key, value)
     return operator

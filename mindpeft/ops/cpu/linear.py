@@ -97,10 +97,30 @@ class LinearBiasKernel(Kernel):
         return self.forward(x, weight, bias)
 
 
-def _lora_gradients(turned: bool) -> tuple[ops.Custom, ops.Custom]:
-    """The operators for dx, and for da and db, of LoRA's inputs, hidden and dy."""
+def _lora_gradients(turned: bool) -> Callable:
+    """x, x as it was kept, the other inputs, hidden, dy -> the gradients; a function that a graph can call."""
     name = _named("lora_linear", turned, "_grad")
-    return kernel(name, lambda x, *_: x), kernel(f"{name}_pair", lambda x, weight, a, b, *_: (a, b), 2)
+    of_x = kernel(name, lambda x, *_: x)
+    of_pair = kernel(f"{name}_pair", lambda x, weight, a, b, *_: (a, b), 2)
+    of_weight = _of_weight(turned)
+
+    def gradients(x, kept, weight, a, b, scale, noise, hidden, dy):
+        dx = of_x(kept, weight, a, b, scale, noise, hidden, dy)
+        da, db = of_pair(kept, weight, a, b, scale, noise, hidden, dy)
+        return dx, of_weight(x, weight, dy), da, db, ops.zeros_like(scale), ops.zeros_like(noise)
+
+    return gradients
+
+
+class Narrow(Kernel):
+    """A copy in bfloat16 of x, to be kept for the backward pass; layers that share x share it."""
+
+    def __init__(self):
+        super().__init__()
+        self.narrow = kernel("narrow", lambda x: x, 0, kept=1)
+
+    def construct(self, x):
+        return self.narrow(ops.stop_gradient(x))
 
 
 class LoraKernel(Kernel):
@@ -111,41 +131,50 @@ class LoraKernel(Kernel):
 
     Args:
         turned: the weight is (in, out).
+        less: keep x for the backward pass in bfloat16.
     """
 
-    def __init__(self, turned: bool = False):
+    def __init__(self, turned: bool = False, less: bool = False):
         super().__init__()
-        of_x, of_pair = _lora_gradients(turned)
-        of_weight = _of_weight(turned)
+        of_all = _lora_gradients(turned)
 
         def gradients(x, weight, a, b, scale, noise, out, dout):
-            dy = dout[0]
-            dx = of_x(x, weight, a, b, scale, noise, out[1], dy)
-            da, db = of_pair(x, weight, a, b, scale, noise, out[1], dy)
-            return dx, of_weight(x, weight, dy), da, db, ops.zeros_like(scale), ops.zeros_like(noise)
+            return of_all(x, x, weight, a, b, scale, noise, out[1], dout[0])
 
-        self.forward = kernel(_named("lora_linear", turned), _lora_shapes(turned), 2, gradients)
+        def gradients_of_kept(x, weight, a, b, scale, noise, kept, out, dout):
+            found = of_all(x, kept, weight, a, b, scale, noise, out[1], dout[0])
+            return (*found, ops.zeros_like(kept))
+
+        backward = gradients_of_kept if less else gradients
+        self.forward = kernel(_named("lora_linear", turned), _lora_shapes(turned), 2, backward)
+        self.narrow = Narrow() if less else None
 
     def construct(self, x, weight, a, b, scale, noise):
-        return self.forward(x, weight, a, b, scale, noise)
+        if self.narrow is None:
+            return self.forward(x, weight, a, b, scale, noise)
+        return self.forward(x, weight, a, b, scale, noise, self.narrow(x))
 
 
 class LoraBiasKernel(Kernel):
     """The same with a bias (out,) of the layer itself."""
 
-    def __init__(self, turned: bool = False):
+    def __init__(self, turned: bool = False, less: bool = False):
         super().__init__()
-        of_x, of_pair = _lora_gradients(turned)
-        of_weight, of_bias = _of_weight(turned), _of_bias()
+        of_all, of_bias = _lora_gradients(turned), _of_bias()
 
         def gradients(x, weight, a, b, scale, noise, bias, out, dout):
-            dy = dout[0]
-            dx = of_x(x, weight, a, b, scale, noise, out[1], dy)
-            da, db = of_pair(x, weight, a, b, scale, noise, out[1], dy)
-            dweight, dbias = of_weight(x, weight, dy), of_bias(dy)
-            return dx, dweight, da, db, ops.zeros_like(scale), ops.zeros_like(noise), dbias
+            found = of_all(x, x, weight, a, b, scale, noise, out[1], dout[0])
+            return (*found, of_bias(dout[0]))
 
-        self.forward = kernel(_named("lora_linear", turned, "_bias"), _lora_shapes(turned), 2, gradients)
+        def gradients_of_kept(x, weight, a, b, scale, noise, bias, kept, out, dout):
+            found = of_all(x, kept, weight, a, b, scale, noise, out[1], dout[0])
+            return (*found, of_bias(dout[0]), ops.zeros_like(kept))
+
+        backward = gradients_of_kept if less else gradients
+        self.forward = kernel(_named("lora_linear", turned, "_bias"), _lora_shapes(turned), 2, backward)
+        self.narrow = Narrow() if less else None
 
     def construct(self, x, weight, a, b, scale, noise, bias):
-        return self.forward(x, weight, a, b, scale, noise, bias)
+        if self.narrow is None:
+            return self.forward(x, weight, a, b, scale, noise, bias)
+        return self.forward(x, weight, a, b, scale, noise, bias, self.narrow(x))

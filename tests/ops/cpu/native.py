@@ -173,6 +173,13 @@ def _lora(kernels: Kernels, x, weight, a, b, scale, *bias, noise=SILENCE, turned
     dy = cotangent(y.shape)
     dx = kernels.one(f"{name}_grad", *inputs, hidden, dy, to=x.shape)
     da, db = kernels.compute(f"{name}_grad_pair", *inputs, hidden, dy, to=[a.shape, b.shape])
+    kept = kernels.compute("narrow", x, to=[], kept=[x.shape])
+    again = kernels.compute(name + ("_bias" if bias else ""), *inputs, *bias, *kept, to=to)
+    np.testing.assert_array_equal(again[0], y)
+    if all(np.isfinite(value).all() for value in inputs):
+        rest = [*enumerate(inputs[1:], 1), (6, hidden), (7, dy)]
+        same_gradients(kernels, f"{name}_grad", kept, rest, [x.shape])
+        same_gradients(kernels, f"{name}_grad_pair", kept, rest, [a.shape, b.shape])
     dweight, *dbias = _weight_and_bias(kernels, x, weight, dy, bias, turned)
     return [y, dx, dweight, da, db, *dbias]
 

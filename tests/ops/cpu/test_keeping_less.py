@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mindspore as ms
+import numpy as np
 import pytest
 from mindspore import Tensor, nn
 
@@ -11,6 +12,7 @@ from mindpeft.ops.activations import activation
 from mindpeft.ops.cpu.activations import ActivationKernel, GateKernel
 from mindpeft.ops.cpu.attention import AttentionKernel, MaskedAttentionKernel
 from mindpeft.ops.cpu.norms import LayerNormKernel, RmsNormKernel
+from mindpeft.ops.cpu.linear import LoraBiasKernel, LoraKernel
 from mindpeft.precision import keep_less
 from tests.ops.compare import run
 from tests.ops.cpu import native
@@ -45,9 +47,31 @@ def test_the_same_values_and_gradients_of_eight_bits(name, mode):
 
         return run(call, *inputs)
 
-    (value, *gradients), (same, *rounded) = results(kernel), results(kernel.keeping_less())
-    assert (value == same).all()
-    assert 1e-5 < error(rounded, gradients) < 2**-6
+    assert_nearly_same(results(kernel), results(kernel.keeping_less()))
+
+
+def assert_nearly_same(plain, less):
+    """Values are the same, gradients have lost some of their bits."""
+    assert (plain[0] == less[0]).all()
+    assert 1e-5 < error(less[1:], plain[1:]) < 2**-6
+
+
+@pytest.mark.parametrize("mode", [ms.PYNATIVE_MODE, ms.GRAPH_MODE])
+@pytest.mark.parametrize("noise", [native.SILENCE, np.array([0.5, 2, 0.3, -0.7], np.float32)])
+@pytest.mark.parametrize("cell", [LoraKernel, LoraBiasKernel])
+def test_lora(cell, noise, mode):
+    ms.set_context(mode=mode)
+    inputs = [random.normal(2, 6, 17), *(random.normal(*shape) for shape in ((33, 17), (3, 17), (33, 3)))]
+    bias = [Tensor(random.normal(33))] if cell is LoraBiasKernel else []
+    rest = [Tensor([0.5], ms.float32), Tensor(noise), *bias]
+
+    def results(kernel):
+        def call(*tensors):
+            return kernel(*tensors, *rest)[0]
+
+        return run(call, *inputs)
+
+    assert_nearly_same(results(cell()), results(cell(less=True)))
 
 
 def test_a_model_changes_all_of_its_kernels():

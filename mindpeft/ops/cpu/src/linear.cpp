@@ -2,6 +2,7 @@
 // "turned" in their names take weights (in, out).
 #include <algorithm>
 
+#include "elementwise.h"
 #include "gemm.h"
 #include "noise.h"
 #include "threads.h"
@@ -98,20 +99,28 @@ void drop(const float* x, int64_t rows, int64_t width, const mindpeft::Noise& no
 struct Lora {
   Weight weight;
   int64_t rows, in, out, rank;
-  const float *x, *a, *b;
+  const void* x;  // of floats, or as it was kept in bfloat16s
+  bool kept;
+  const float *a, *b;
   float scale;
   mindpeft::Noise noise;
   mindpeft::Shared memory;
 
   Lora(const mindpeft::Arguments& arguments, bool turned)
       : weight(arguments, 1, turned), rows(arguments.rows(0)), in(weight.in), out(weight.out),
-        rank(arguments.axis(2, 0)), x(arguments.at(0)), a(arguments.at(2)), b(arguments.at(3)),
-        scale(*arguments.at(4)), noise(arguments.at(5)), memory(noise.any() ? rows * in : 0) {}
+        rank(arguments.axis(2, 0)), x(arguments.at<void>(0)), kept(arguments.is_bfloat16(0)), a(arguments.at(2)),
+        b(arguments.at(3)), scale(*arguments.at(4)), noise(arguments.at(5)),
+        memory(noise.any() || kept ? rows * in : 0) {}
 
   // x as LoRA sees it.
   const float* dropped() const {
-    if (!noise.any()) return x;
-    drop(x, rows, in, noise, memory.data());
+    const float* numbers = static_cast<const float*>(x);
+    if (kept) {
+      mindpeft::restore(rows * in, static_cast<const mindpeft::bfloat16*>(x), memory.data());
+      numbers = memory.data();
+    }
+    if (!noise.any()) return numbers;
+    drop(numbers, rows, in, noise, memory.data());
     return memory.data();
   }
 
@@ -121,10 +130,11 @@ struct Lora {
   }
 };
 
-// Lora's inputs, bias or none -> y = x weight^T + bias + hidden b^T, hidden (rows, r) = scale dropped(x) a^T
-void lora_product(const mindpeft::Arguments& arguments, bool turned, const float* bias, int y) {
+// Lora's inputs, bias or none, and perhaps x as it is kept, which is not read
+// -> y = x weight^T + bias + hidden b^T, hidden (rows, r) = scale dropped(x) a^T
+void lora_product(const mindpeft::Arguments& arguments, bool turned, const float* bias) {
   const Lora lora(arguments, turned);
-  float *result = arguments.at(y), *hidden = arguments.at(y + 1);
+  float *result = arguments.at(arguments.count() - 2), *hidden = arguments.at(arguments.count() - 1);
   multiply_in_parallel(lora.rows, lora.rank, lora.in, lora.scale, Matrix(lora.dropped(), lora.in),
                        Matrix(lora.a, lora.in, true), 0.0f, hidden, lora.rank);
   if (bias != nullptr) begin_with(bias, lora.rows, lora.out, result);
@@ -159,12 +169,15 @@ void lora_gradient_pair(const mindpeft::Arguments& arguments, bool turned) {
 
 }  // namespace
 
-MINDPEFT_KERNEL(lora_linear) { lora_product(arguments, false, nullptr, 6); }
-MINDPEFT_KERNEL(lora_linear_bias) { lora_product(arguments, false, arguments.at(6), 7); }
-MINDPEFT_KERNEL(lora_linear_turned) { lora_product(arguments, true, nullptr, 6); }
-MINDPEFT_KERNEL(lora_linear_turned_bias) { lora_product(arguments, true, arguments.at(6), 7); }
+MINDPEFT_KERNEL(lora_linear) { lora_product(arguments, false, nullptr); }
+MINDPEFT_KERNEL(lora_linear_bias) { lora_product(arguments, false, arguments.at(6)); }
+MINDPEFT_KERNEL(lora_linear_turned) { lora_product(arguments, true, nullptr); }
+MINDPEFT_KERNEL(lora_linear_turned_bias) { lora_product(arguments, true, arguments.at(6)); }
 
-// Lora's inputs, hidden, dy -> dx
+// x -> the same in bfloat16s
+MINDPEFT_KERNEL(narrow) { mindpeft::keep(arguments.size(0), arguments.at(0), arguments.at<mindpeft::bfloat16>(1)); }
+
+// Lora's inputs, with x in floats or bfloat16s, hidden, dy -> dx
 MINDPEFT_KERNEL(lora_linear_grad) { lora_gradient(arguments, false); }
 MINDPEFT_KERNEL(lora_linear_turned_grad) { lora_gradient(arguments, true); }
 
