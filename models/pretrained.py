@@ -18,7 +18,7 @@ from mindpeft.convert.writer import save_checkpoint
 from mindpeft.errors import InputError, did_you_mean
 from mindpeft.int8 import INT8, check_int8, has_int8, int8_tensors, use_int8
 from mindpeft.models.config import PretrainedConfig, read_config
-from mindpeft.nn import LayerNorm, RMSNorm
+from mindpeft.nn import LayerNorm, RMSNorm, lookup_tables
 from mindpeft.nn.checkpointing import is_checkpointing, set_checkpointing
 from mindpeft.precision import parameter_dtypes
 
@@ -98,6 +98,7 @@ class PreTrainedModel(CompiledCell):
                 ignore_mismatched_sizes=ignore_mismatched_sizes,
                 dtype=parameter_dtypes(model, others, held),
                 int8=int8,
+                by_rows=lookup_tables(model),
             )
         model.init_weights({*report.newly_initialised, *report.misshapen})
         model.load_report = report
