@@ -171,3 +171,20 @@ def test_only_rows_in_use_take_memory(tmp_path):
     third = 100_000 * 256 * 4 / 3  # of the table
     assert loaded < third
     assert used < third
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="memory is read from /proc")
+def test_no_large_pages_are_asked_for(tmp_path):
+    """With them the system reads and maps 2 MB of the file for a row."""
+    make_reference("features", tmp_path, vocab_size=60_000)
+    ours = open_ours("features", tmp_path)
+    run_ours(ours, **make_batch())
+    flags, mapping = [], ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        kind = line.split()[0]
+        if "-" in kind:  # the first line about a mapping begins with its addresses
+            mapping = line
+        elif kind == "VmFlags:" and str(tmp_path) in mapping:
+            flags.append(line.split()[1:])
+    assert flags
+    assert not any("hg" in flag for flag in flags)
