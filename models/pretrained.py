@@ -19,7 +19,7 @@ from mindpeft.errors import InputError, did_you_mean
 from mindpeft.int8 import INT8, check_int8, has_int8, int8_tensors, use_int8
 from mindpeft.memory import release_freed_memory, tune_heap
 from mindpeft.models.config import PretrainedConfig, read_config
-from mindpeft.nn import LayerNorm, RMSNorm
+from mindpeft.nn import LayerNorm, RMSNorm, lookup_tables
 from mindpeft.nn.checkpointing import is_checkpointing, set_checkpointing
 from mindpeft.precision import keep_less, needs_widening, parameter_dtypes
 
@@ -100,6 +100,7 @@ class PreTrainedModel(CompiledCell):
                 ignore_mismatched_sizes=ignore_mismatched_sizes,
                 dtype=parameter_dtypes(model, others, held),
                 int8=int8,
+                by_rows=lookup_tables(model),
             )
         if needs_widening(others):
             keep_less(model)

@@ -46,7 +46,7 @@ class TensorFile(Protocol):
 
 
 class Checkpoint(Mapping[str, RawTensor]):
-    """The tensors of a checkpoint, each read from its file when asked for. A context manager.
+    """The tensors of a checkpoint, each read from its file, or mapped, when asked for. A context manager.
 
     Attributes:
         path: what was opened.
@@ -85,6 +85,18 @@ class Checkpoint(Mapping[str, RawTensor]):
         info = file.infos[name]
         target = info.dtype if dtype is None else dtype_name(dtype)
         return file.read(name) if target == info.dtype else _read_converted(file, info, target)
+
+    def mapped(self, name: str) -> RawTensor | None:
+        """A tensor as pages of its file, which take memory when touched; see `SafetensorsFile.map`.
+
+        Returns:
+            The tensor, in its own dtype; None where it can't be mapped.
+
+        Raises:
+            InputError: there is no such tensor, or its file has been cut since it was opened.
+        """
+        file = self._file_of(name)
+        return file.map(name) if isinstance(file, SafetensorsFile) else None
 
     def pieces(self, name: str, dtype: Any = None) -> Iterator[RawTensor]:
         """The rows of a tensor, some at a time, so that it is never held whole; as `read` gives them.

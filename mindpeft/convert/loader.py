@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -14,8 +14,9 @@ import mindspore as ms
 from mindspore import nn
 
 from mindpeft.convert.checkpoint import Checkpoint
-from mindpeft.convert.tensors import FLOATS, dtype_name
+from mindpeft.convert.tensors import FLOATS, RawTensor, dtype_name
 from mindpeft.errors import InputError
+from mindpeft.ops.device import on_cpu
 
 if TYPE_CHECKING:
     from mindpeft.nn.int8 import Int8Linear
@@ -72,6 +73,7 @@ def load_weights(
     ignore_mismatched_sizes: bool = False,
     dtype: Any = None,
     int8: Mapping[str, Int8Linear] = MappingProxyType({}),
+    by_rows: Collection[str] = (),
 ) -> LoadReport:
     """Copy a checkpoint's tensors into a Cell's parameters.
 
@@ -87,6 +89,8 @@ def load_weights(
         dtype: give every floating-point parameter of the cell this dtype, or that of its name in a mapping;
             ``None`` leaves each its own.
         int8: layers that round their weights themselves, by the names of those.
+        by_rows: parameters of which few rows are ever needed, in a model that no graph has been compiled of.
+            On the CPU they are mapped from their file instead of copied, if they can be and keep its dtype.
 
     Raises:
         InputError: shapes differ, two tensors claim one parameter, a floating-point tensor is meant for an
@@ -114,7 +118,7 @@ def load_weights(
             done |= {id(places[name]), id(int8[name].scale)}
         elif id(places[name]) not in done:
             _set_float_dtype(places[name], dtypes[name])
-            _fill(places[name], checkpoint, chosen[name])
+            _fill(places[name], checkpoint, chosen[name], name in by_rows)
             done.add(id(places[name]))
     untouched = {name: parameter for name, parameter in places.items() if id(parameter) not in done}
     for name, parameter in untouched.items():
@@ -218,18 +222,24 @@ def _set_float_dtype(parameter: ms.Parameter, dtype: Any) -> None:
 _MINDSPORE_FLOATS = {"F64": ms.float64, "F32": ms.float32, "F16": ms.float16, "BF16": ms.bfloat16}
 
 
-def _fill(parameter: ms.Parameter, checkpoint: Checkpoint, source: str) -> None:
-    """Copy a tensor into the parameter's own memory.
+def _fill(parameter: ms.Parameter, checkpoint: Checkpoint, source: str, by_rows: bool) -> None:
+    """Copy a tensor into the parameter's own memory, or map it if the parameter is read by rows.
 
     ``set_data`` would hand the parameter other memory, of which a function compiled by ``ms.jit`` before the
     load doesn't learn: it goes on reading the old one, freed or not.
     """
-    value = checkpoint.read(source, parameter.dtype).to_mindspore()
-    if parameter.has_init:  # created without memory, under no_init_parameters
+    mapped = _mapped(parameter, checkpoint, source) if by_rows else None
+    value = (mapped or checkpoint.read(source, parameter.dtype)).to_mindspore()
+    if mapped or parameter.has_init:  # has_init: created without memory, under no_init_parameters
         parameter.set_data(value)
     else:
         parameter.copy_(value)
         ms.runtime.synchronize()  # or tensors wait in line for their copy, each in memory
+
+
+def _mapped(parameter: ms.Parameter, checkpoint: Checkpoint, source: str) -> RawTensor | None:
+    fits = on_cpu() and checkpoint.info(source).dtype == dtype_name(parameter.dtype)
+    return checkpoint.mapped(source) if fits else None
 
 
 def _shape(parameter: ms.Parameter) -> tuple[int, ...]:

@@ -1,18 +1,23 @@
 """Safetensors files, read tensor by tensor and written as a stream.
 
-The `safetensors` package can't give bfloat16 to NumPy and maps files into memory, where their pages count as
-the process's own; the format is small enough to read and write here.
+The `safetensors` package can't give bfloat16 to NumPy and maps files into memory, where every page that is
+touched counts as the process's own; the format is small enough to read and write here. So a tensor is read,
+unless most of its pages are never touched: an embedding table may be mapped.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import struct
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
 
 from mindpeft.convert.tensors import (
     STORAGE,
@@ -30,6 +35,7 @@ from mindpeft.files import atomic_write
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors package
 _LENGTH = struct.Struct("<Q")
 _WRITE_CHUNK = 1 << 26  # bytes per write call
+_MAPS = sys.platform in ("linux", "darwin") and sys.byteorder == "little"
 
 
 class SafetensorsFile:
@@ -61,6 +67,35 @@ class SafetensorsFile:
         shape, first_byte, nbytes = row_range(info, start, stop)
         data = read_bytes(self._file, self._data_start + self._offsets[name] + first_byte, nbytes, self.path)
         return RawTensor(info.dtype, shape, data)
+
+    def map(self, name: str) -> RawTensor | None:
+        """Map one tensor: its pages come from the file when touched, and are the process's own once written.
+
+        The mapping lives as long as the tensor's memory is in use, whether the file is closed, deleted or
+        another takes its name. What others write into the file itself may show; it is never written to here.
+
+        Returns:
+            The tensor; None where it can't be mapped: it is empty or lies askew in the file, or the system
+            is none that this is written for, or refuses.
+
+        Raises:
+            InputError: the file has been cut since it was opened.
+        """
+        info, begin = self.infos[name], self._data_start + self._offsets[name]
+        if not _MAPS or info.size == 0 or begin % element_size(info.dtype):
+            return None
+        if (
+            os.fstat(self._file.fileno()).st_size < begin + info.nbytes
+        ):  # touching what is behind the end kills
+            raise InputError(f"{self.path} is truncated: it ends inside a tensor")
+        before = begin % mmap.ALLOCATIONGRANULARITY
+        try:
+            pages = mmap.mmap(
+                self._file.fileno(), before + info.nbytes, access=mmap.ACCESS_COPY, offset=begin - before
+            )
+        except OSError:
+            return None
+        return RawTensor(info.dtype, info.shape, np.frombuffer(pages, np.uint8, offset=before))
 
     def close(self) -> None:
         """Close the file."""

@@ -51,3 +51,23 @@ class Embedding(nn.Cell):
     def construct(self, ids: Tensor) -> Tensor:
         rows = self.look_up(self.weight, ids)
         return rows if self.hold_back is None else self.hold_back(rows, ids)
+
+
+def lookup_tables(model: nn.Cell) -> set[str]:
+    """The places of a model's parameters that are read by rows alone.
+
+    Those are the weights of its `Embedding` cells but for one that another cell has too, such as a tied
+    output layer, whose product reads all of it.
+    """
+    tables: dict[str, int] = {}
+    others: set[int] = set()
+    for path, cell in model.cells_and_names():
+        found = {
+            name: id(parameter)
+            for name, parameter in cell.parameters_and_names(name_prefix=path, expand=False)
+        }
+        if type(cell) is Embedding:
+            tables.update(found)
+        else:
+            others.update(found.values())
+    return {name for name, parameter in tables.items() if parameter not in others}

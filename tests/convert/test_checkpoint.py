@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 
 from mindpeft.convert.checkpoint import open_checkpoint
+from mindpeft.convert.safetensors_file import _MAPS
 from mindpeft.convert.tensors import RawTensor
 from mindpeft.errors import InputError
 
@@ -54,6 +55,16 @@ def test_shards_of_both_kinds(sharded):
         for name, tensor in everything.items():
             assert checkpoint[name].data.tobytes() == bits(tensor)
             assert checkpoint.info(name).shape == tuple(tensor.shape)
+
+
+def test_mapped_from_safetensors_alone(sharded):
+    with open_checkpoint(sharded) as checkpoint:
+        for name, tensor in {**ONE, **TWO}.items():
+            raw = checkpoint.mapped(name)
+            assert (raw is not None) == (_MAPS and checkpoint.files[0].suffix == ".safetensors")
+            assert raw is None or raw.data.tobytes() == bits(tensor)
+        with pytest.raises(InputError, match="no tensor 'e'"):
+            checkpoint.mapped("e")
 
 
 def test_an_index_may_be_named_itself(sharded):

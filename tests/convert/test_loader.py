@@ -1,5 +1,6 @@
 """Loading into a Cell: names, reports, refusals and peak memory."""
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from mindspore import Parameter, Tensor, nn
 from mindspore.common.initializer import initializer
 from mindspore.nn.utils import no_init_parameters
 
-from mindpeft.convert.checkpoint import open_checkpoint
+from mindpeft.convert.checkpoint import Checkpoint, open_checkpoint
 from mindpeft.convert.loader import hf_renamer, load_weights, parameter_places
 from mindpeft.convert.safetensors_file import write_safetensors
 from mindpeft.convert.tensors import RawTensor
@@ -231,6 +232,40 @@ def test_every_dtype_and_shape_is_filled(dtype, shape, checkpoint):
     cell = Leaf(dtype, weight=shape)
     load_weights(cell, checkpoint({"weight": raw.numpy()}, None if raw.dtype != "BF16" else "BF16"))
     assert RawTensor.from_parameter(cell.weight).data.tobytes() == raw.data.tobytes()
+
+
+@pytest.fixture
+def mapped(monkeypatch):
+    """The names of the tensors that are mapped."""
+    names = []
+    original = Checkpoint.mapped
+
+    def note(self, name):
+        names.append(name)
+        return original(self, name)
+
+    monkeypatch.setattr(Checkpoint, "mapped", note)
+    return names
+
+
+@pytest.mark.parametrize("held", ["F32", "BF16"])
+@pytest.mark.parametrize("own", [ms.float32, ms.bfloat16])
+def test_read_by_rows(held, own, checkpoint, mapped):
+    cell = Bare()
+    with checkpoint(BACKBONE, held) as opened:
+        load(cell, opened, dtype=own, by_rows={"embeddings.weight"})
+    assert mapped == (["embeddings.weight"] if (held == "F32") == (own == ms.float32) else [])
+    del opened
+    gc.collect()
+    for name, parameter in parameter_places(cell).items():
+        expected = RawTensor.from_numpy(BACKBONE[name]).astype(held).astype(own)
+        assert RawTensor.from_parameter(parameter).data.tobytes() == expected.data.tobytes()
+
+
+def test_read_by_rows_but_not_on_an_accelerator(checkpoint, mapped, monkeypatch):
+    monkeypatch.setattr("mindpeft.convert.loader.on_cpu", lambda: False)
+    load(Bare(), checkpoint(BACKBONE), by_rows={"embeddings.weight"})
+    assert mapped == []
 
 
 def test_parameters_created_without_memory(checkpoint):

@@ -1,6 +1,8 @@
 """The safetensors reader and writer against the safetensors package, and against damaged files."""
 
+import gc
 import json
+import mmap
 import struct
 
 import numpy as np
@@ -9,6 +11,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from mindpeft.convert import safetensors_file
 from mindpeft.convert.safetensors_file import SafetensorsFile, write_safetensors
 from mindpeft.convert.tensors import LazyTensor, RawTensor
 from mindpeft.errors import InputError
@@ -85,6 +88,55 @@ def test_leading_rows(whole):
         assert got.shape == tuple(TENSORS["bf16"][start:stop].shape)
 
 
+needs_mapping = pytest.mark.skipif(not safetensors_file._MAPS, reason="files are not mapped here")
+
+
+@needs_mapping
+def test_mapped_as_read(whole):
+    file = SafetensorsFile(whole)
+    for name, tensor in TENSORS.items():
+        raw = file.map(name)
+        if name == "empty":
+            assert raw is None
+        else:
+            assert (raw.dtype, raw.shape) == (file.infos[name].dtype, tuple(tensor.shape))
+            assert raw.data.tobytes() == bits(tensor), name
+
+
+@needs_mapping
+def test_what_is_mapped_is_the_processes_own(whole):
+    """It outlives the file, in which nothing that is written to it arrives."""
+    file, content = SafetensorsFile(whole), whole.read_bytes()
+    tensor = file.map("f32").to_mindspore()
+    file.close()
+    del file
+    gc.collect()
+    tensor[0, 1] = 7.0
+    assert whole.read_bytes() == content
+    whole.unlink()
+    expected = TENSORS["f32"].numpy().copy()
+    expected[0, 1] = 7.0
+    np.testing.assert_array_equal(tensor.asnumpy(), expected)
+
+
+def test_what_lies_askew_is_not_mapped(tmp_path):
+    header = json.dumps({"a": entry("U8", (1,), (0, 1)), "w": entry(offsets=(1, 9))}).encode()
+    path = raw_file(tmp_path / "x.safetensors", header + b" " * (-len(header) % 8), bytes(9))
+    assert SafetensorsFile(path).map("w") is None
+
+
+def test_where_nothing_can_be_mapped(whole, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("no such operation")
+
+    file = SafetensorsFile(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(mmap, "mmap", refuse)
+        assert file.map("f32") is None
+    monkeypatch.setattr(safetensors_file, "_MAPS", False)
+    assert file.map("f32") is None
+
+
 def test_names_may_be_any_text(tmp_path):
     path = tmp_path / "x.safetensors"
     names = ["a b", "权重", 'quote"s', "n\n"]
@@ -118,8 +170,9 @@ def test_file_cut_after_opening(tmp_path):
     file = SafetensorsFile(path)
     with open(path, "r+b") as handle:
         handle.truncate(1 << 21)
-    with pytest.raises(InputError, match="truncated"):
-        file.read("w")
+    for take in (file.read, *([file.map] if safetensors_file._MAPS else [])):
+        with pytest.raises(InputError, match="truncated"):
+            take("w")
 
 
 DAMAGED = {

@@ -6,9 +6,9 @@ import mindspore as ms
 import numpy as np
 import pytest
 import torch
-from mindspore import Tensor
+from mindspore import Tensor, nn
 
-from mindpeft.nn import Embedding, LayerNorm, Linear
+from mindpeft.nn import Embedding, LayerNorm, Linear, lookup_tables
 
 pytestmark = pytest.mark.usefixtures("mode")
 
@@ -70,3 +70,13 @@ def test_parameters_of_other_dtypes():
     for dtype in (ms.float16, ms.bfloat16):
         blocks = (Linear(3, 2, dtype=dtype), LayerNorm(3, dtype=dtype), Embedding(4, 3, dtype=dtype))
         assert {p.dtype for block in blocks for p in block.get_parameters()} == {dtype}
+
+
+def test_tables_that_nothing_else_has():
+    model = nn.CellList([Embedding(4, 3), Embedding(4, 3), Embedding(4, 3), Linear(3, 4), LayerNorm(3)])
+    model[2].weight = model[1].weight
+    assert lookup_tables(model) == {"0.weight", "1.weight", "2.weight"}
+    model[3].weight = model[1].weight
+    assert lookup_tables(model) == {"0.weight"}
+    assert lookup_tables(Embedding(4, 3)) == {"weight"}
+    assert lookup_tables(Linear(3, 4)) == set()

@@ -13,9 +13,12 @@ using bfloat16 = uint16_t;  // the upper half of a float
 // Tensors of one call, inputs first, then outputs.
 class Arguments {
  public:
-  Arguments(int count, void** data, const int* ranks, int64_t** shapes, const char** types)
+  // `table`: the number of one of which little is touched; -1 if there is none.
+  Arguments(int count, void** data, const int* ranks, int64_t** shapes, const char** types, int table)
       : count_(count), data_(data), ranks_(ranks), shapes_(shapes), types_(types) {
     for (int tensor = 0; tensor < count; ++tensor) {
+      // A table may be a file's pages: with large ones the system would read 2 MB of it for a row.
+      if (tensor == table) continue;
       use_large_pages(data[tensor], size(tensor) * bytes_of(types[tensor]));
     }
   }
@@ -74,12 +77,15 @@ class Arguments {
 }  // namespace mindpeft
 
 // Begins the definition of the operator `name`; its body sees `arguments` and returns nothing.
-#define MINDPEFT_KERNEL(name)                                                                     \
-  static void name##_body(const mindpeft::Arguments& arguments);                                  \
-  extern "C" __attribute__((visibility("default"))) int name(int count, void** data, int* ranks,        \
+#define MINDPEFT_KERNEL(name) MINDPEFT_LOOKUP_KERNEL(name, -1)
+
+// The same for an operator that touches little of its tensor `table`.
+#define MINDPEFT_LOOKUP_KERNEL(name, table)                                                        \
+  static void name##_body(const mindpeft::Arguments& arguments);                                   \
+  extern "C" __attribute__((visibility("default"))) int name(int count, void** data, int* ranks,   \
                                                              int64_t** shapes, const char** types, \
-                                                             void*, void*) {                      \
-    name##_body(mindpeft::Arguments(count, data, ranks, shapes, types));                                 \
-    return 0;                                                                                     \
-  }                                                                                               \
+                                                             void*, void*) {                       \
+    name##_body(mindpeft::Arguments(count, data, ranks, shapes, types, table));                    \
+    return 0;                                                                                      \
+  }                                                                                                \
   static void name##_body(const mindpeft::Arguments& arguments)

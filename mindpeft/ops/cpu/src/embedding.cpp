@@ -31,7 +31,7 @@ void look_up(const mindpeft::Arguments& arguments, const Convert& convert) {
 }  // namespace
 
 // ids (...) int32, weight (vocabulary, width) -> rows (..., width); NaN for an id that the table does not have
-MINDPEFT_KERNEL(embedding) {
+MINDPEFT_LOOKUP_KERNEL(embedding, 1) {
   if (arguments.is_bfloat16(1)) {
     look_up<mindpeft::bfloat16>(arguments, [](mindpeft::bfloat16 value) { return mindpeft::widen(value); });
   } else {
@@ -40,7 +40,7 @@ MINDPEFT_KERNEL(embedding) {
 }
 
 // ids, weight (for its shape alone), dy (..., width) -> dweight (vocabulary, width)
-MINDPEFT_KERNEL(embedding_grad) {
+MINDPEFT_LOOKUP_KERNEL(embedding_grad, 1) {
   const auto* ids = arguments.at<int32_t>(0);
   const float* dy = arguments.at(2);
   float* dweight = arguments.at(3);
