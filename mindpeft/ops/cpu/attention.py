@@ -10,7 +10,6 @@ from mindspore import Tensor, ops
 from mindpeft.ops.cpu.dropout import NO_NOISE
 from mindpeft.ops.cpu.library import Kernel, kernel, must_fit, setting
 
-
 Shape = Sequence[int]
 
 

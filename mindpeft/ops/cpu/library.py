@@ -151,10 +151,9 @@ def kernel(
             and the same attributes for one, and gives the second the first one's shapes and gradients.
     """
     types = (ms.float32,) * outputs + (ms.bfloat16,) * kept
+    types = types if len(types) > 1 else types[0]
     path = f"{library().path}:{name}"
-    operator = ops.Custom(
-        path, shapes, lambda *_: types if len(types) > 1 else types[0], func_type="aot", bprop=gradients
-    )
+    operator = ops.Custom(path, shapes, lambda *_: types, func_type="aot", bprop=gradients)
     for key, value in {"kept": kept, **attributes}.items():
         operator.add_prim_attr(key, value)
     return operator

@@ -98,7 +98,7 @@ class LinearBiasKernel(Kernel):
 
 
 def _lora_gradients(turned: bool) -> Callable:
-    """x, x as it was kept, the other inputs, hidden, dy -> the gradients; a function that a graph can call."""
+    """x, x as it was kept, the other inputs, hidden, dy -> gradients; a function that a graph can call."""
     name = _named("lora_linear", turned, "_grad")
     of_x = kernel(name, lambda x, *_: x)
     of_pair = kernel(f"{name}_pair", lambda x, weight, a, b, *_: (a, b), 2)

@@ -1,4 +1,4 @@
-"""Products of float32 on the processor's matrix units, split into bfloat16s: in processes that ask for them."""
+"""Products of float32 on the processor's matrix units, split into bfloat16s, in processes that ask for it."""
 
 from __future__ import annotations
 

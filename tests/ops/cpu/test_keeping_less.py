@@ -11,8 +11,8 @@ from mindpeft.nn import LayerNorm, Linear
 from mindpeft.ops.activations import activation
 from mindpeft.ops.cpu.activations import ActivationKernel, GateKernel
 from mindpeft.ops.cpu.attention import AttentionKernel, MaskedAttentionKernel
-from mindpeft.ops.cpu.norms import LayerNormKernel, RmsNormKernel
 from mindpeft.ops.cpu.linear import LoraBiasKernel, LoraKernel
+from mindpeft.ops.cpu.norms import LayerNormKernel, RmsNormKernel
 from mindpeft.precision import keep_less
 from tests.ops.compare import run
 from tests.ops.cpu import native
