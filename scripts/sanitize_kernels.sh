@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Build the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer and run all of them over many shapes.
 # $CXX is the compiler (g++), $PYTHON a Python with numpy (python3); arguments are those of tests.ops.cpu.sweep.
-# SANITIZE=thread looks for races instead.
+# SANITIZE=thread looks for races instead. $MARCH is the x86 level (x86-64-v3); x86-64-v4 also covers products on
+# matrix units, where the processor has them, and with MINDPEFT_AMX=float32 those of floats.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 compiler=${CXX:-g++}
@@ -11,7 +12,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
 flags=(-std=c++17 -g -O1 -fPIC -shared -fopenmp-simd -fno-omit-frame-pointer -Wall -Wextra -Wno-psabi)
-[ "$(uname -m)" = x86_64 ] && flags+=(-march=x86-64-v3)
+[ "$(uname -m)" = x86_64 ] && flags+=("-march=${MARCH:-x86-64-v3}")
 "$compiler" "${flags[@]}" "-fsanitize=$checks" -fno-sanitize-recover=undefined -o "$folder/kernels.so" \
     mindpeft/ops/cpu/src/*.cpp
 
