@@ -10,7 +10,7 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from mindpeft.ops.cpu import kernels_on
-from mindpeft.ops.cpu.dropout import FastDropout
+from mindpeft.ops.cpu.dropout import DropoutKernel, Noise
 from mindpeft.ops.device import on_cpu
 from mindpeft.ops.random import standard_normal
 
@@ -42,6 +42,27 @@ class CpuDropout(nn.Cell):
         rows = ops.minimum((chance * table.shape[0]).astype(ms.int32), table.shape[0] - 1)
         kept = (ops.gather(table, rows, 0).reshape(x.shape) >= self.p).astype(x.dtype)
         return x * (kept * self.scale)
+
+
+class FastDropout(nn.Cell):
+    """Dropout by its kernel where the numbers are float32.
+
+    Args:
+        p: the share set to zero in training.
+        plain: the Cell for other numbers.
+    """
+
+    def __init__(self, p: float, plain: nn.Cell):
+        super().__init__()
+        self.p = p
+        self.noise, self.kernel, self.plain = Noise(p), DropoutKernel(), plain
+
+    def construct(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return x
+        if self.kernel is None or x.dtype != ms.float32:
+            return self.plain(x)
+        return self.kernel(x, self.noise())
 
 
 def dropout(p: float) -> nn.Cell:

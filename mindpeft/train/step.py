@@ -108,11 +108,11 @@ class TrainStep(CompiledCell):
         self.loss_and_gradients = ms.value_and_grad(self.loss, None, weights=optimizer.parameters)
 
     def update_kernel(self) -> nn.Cell | None:
-        """Clipping and AdamW in one operator, where nothing else works on gradients or parameters."""
+        """Clipping and AdamW in one operator, where all else that works on parameters goes with it."""
         optimizer = self.optimizer
         floats = all(parameter.dtype == ms.float32 for parameter in optimizer.parameters)
-        alone = type(optimizer) is AdamW and not self.accumulates and len(self.hooks) == 0
-        if not (kernels_on() and floats and alone):
+        alone = type(optimizer) is AdamW and not self.accumulates
+        if not (kernels_on() and floats and alone and all(hook.joins_kernel() for hook in self.hooks)):
             return None
         betas = (optimizer.beta1, optimizer.beta2)
         return AdamWKernel(betas, optimizer.eps, self.max_grad_norm, optimizer.decays, optimizer.rates)
@@ -147,10 +147,7 @@ class TrainStep(CompiledCell):
         """
         loss, gradients = self.loss_and_gradients(*columns)
         if self.kernel is not None:
-            moments = (self.optimizer.exp_avg, self.optimizer.exp_avg_sq)
-            scalars = (learning_rate, step_size, root_scale)
-            norm = self.kernel(gradients, self.optimizer.parameters, moments, scalars)
-            return loss, norm.reshape(())
+            return loss, self.apply_kernel(loss, gradients, step, (learning_rate, step_size, root_scale))
         gradient = flatten(gradients)
         if not self.accumulates:
             return loss, self.apply(gradient, step, learning_rate, step_size, root_scale)
@@ -162,6 +159,22 @@ class TrainStep(CompiledCell):
         else:
             ops.assign(self.buffer, gradient)
         return loss, norm
+
+    def apply_kernel(
+        self, loss: Tensor, gradients: tuple[Tensor, ...], step: Tensor, scalars: tuple
+    ) -> Tensor:
+        moments = (self.optimizer.exp_avg, self.optimizer.exp_avg_sq)
+        norm, factor = self.kernel(gradients, self.optimizer.parameters, moments, scalars, loss)
+        for i in range(len(self.watched)):
+            norm = self.hooks[i].after_kernel(self.watched_by(i, gradients), (norm, factor), step)
+        return norm.reshape(())
+
+    def watched_by(self, hook: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Of one tensor for each parameter, those of the parameters that a hook watches."""
+        own = ()
+        for index in self.watched[hook]:
+            own = (*own, tensors[index])
+        return own
 
     def apply(
         self, gradient: Tensor, step: Tensor, learning_rate: Tensor, step_size: Tensor, root_scale: Tensor
@@ -180,11 +193,7 @@ class TrainStep(CompiledCell):
     def call_hooks(self, values: tuple[Tensor, ...], gradient: Tensor, step: Tensor) -> None:
         gradients = gradient_slices(gradient, self.optimizer.sizes, self.optimizer.shapes)
         for i in range(len(self.watched)):
-            own_values, own_gradients = (), ()
-            for index in self.watched[i]:
-                own_values = (*own_values, values[index])
-                own_gradients = (*own_gradients, gradients[index])
-            self.hooks[i].after_update(own_values, own_gradients, step)
+            self.hooks[i].after_update(self.watched_by(i, values), self.watched_by(i, gradients), step)
 
 
 class EvalStep(CompiledCell):

@@ -159,6 +159,10 @@ class AdaLoraLinear(LoraLinear):
     NAMES = ("lora_A", "lora_B")
     VALUES = "lora_E"
 
+    def __init__(self, base_layer: nn.Cell, *slot: Any) -> None:
+        super().__init__(base_layer, *slot)
+        self.join()
+
     @classmethod
     def _shapes(cls, site: Site, rank: int) -> Shapes:
         n_in, n_out = linear_features(site.cell)
@@ -203,6 +207,9 @@ class AdaLoraLinear(LoraLinear):
     def reserve(self, shapes: Shapes) -> bool:
         # A layer that was pruned to nothing keeps room for one rank: MindSpore has no empty parameters.
         return super().reserve({name: tuple(max(1, n) for n in shape) for name, shape in shapes.items()})
+
+    def pair(self) -> tuple[ms.Tensor, ms.Tensor]:
+        return self.lora_A * self.lora_E, self.lora_B
 
     def update(self, x: ms.Tensor) -> ms.Tensor:
         factors = ops.reshape(self.lora_E, (-1,)) * self.scaling

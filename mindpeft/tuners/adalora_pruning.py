@@ -9,6 +9,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, ops
 
+from mindpeft.ops.cpu import kernels_on
+from mindpeft.ops.cpu.adalora import PenaltyKernel, PruneKernel
 from mindpeft.tuners.hooks import TrainingHook
 
 if TYPE_CHECKING:
@@ -59,6 +61,11 @@ class RankAllocation(TrainingHook):
             Tensor(np.tile(np.eye(self.ranks[places[0] // 3]), (len(places), 1, 1)), ms.float32)
             for places in self.groups
         )
+        self.factors = ms.ParameterTuple(p for i, p in enumerate(self.watched) if i % 3 != 1)
+        self.penalty_kernel = self.prune_kernel = None
+        if kernels_on() and all(parameter.dtype == ms.float32 for parameter in self.watched):
+            self.penalty_kernel = PenaltyKernel(self.weight, self.ranks)
+            self.prune_kernel = PruneKernel((self.beta1, self.beta2), self.ranks)
         self.rows, self.columns = ops.BatchMatMul(transpose_b=True), ops.BatchMatMul(transpose_a=True)
 
     def alike(self) -> tuple[tuple[int, ...], ...]:
@@ -92,6 +99,8 @@ class RankAllocation(TrainingHook):
         return tensor[:rows, :columns]
 
     def penalty(self) -> Tensor:
+        if self.penalty_kernel is not None:
+            return self.penalty_kernel(self.factors).reshape(())
         total = Tensor(0.0, ms.float32)
         for i in range(len(self.groups)):
             total = total + self.distances(i)
@@ -106,6 +115,15 @@ class RankAllocation(TrainingHook):
         square = self.rows(stacked, stacked) if self.of_rows[group] else self.columns(stacked, stacked)
         difference = square - self.identities[group]
         return ops.sqrt((difference * difference).sum((1, 2))).sum()
+
+    def joins_kernel(self) -> bool:
+        return self.prune_kernel is not None
+
+    def after_kernel(
+        self, gradients: tuple[Tensor, ...], update: tuple[Tensor, Tensor], step: Tensor
+    ) -> Tensor:
+        state = (self.exp_avg_ipt, self.exp_avg_unc, self.kept)
+        return self.prune_kernel(gradients, self.parameters, state, (self.pruned, step), update)
 
     def after_update(self, values: tuple[Tensor, ...], gradients: tuple[Tensor, ...], step: Tensor) -> None:
         element_scores = self.smooth(values, gradients, step < self.last)

@@ -173,5 +173,8 @@ class FusionHook(TrainingHook):
         for temperature in self.temperatures:
             ops.assign(temperature, ops.maximum(temperature - _COOLING, 1.0))
 
+    def joins_kernel(self) -> bool:
+        return not self.temperatures
+
     def state(self) -> dict[str, ms.Parameter]:
         return {temperature.name: temperature for temperature in self.temperatures}

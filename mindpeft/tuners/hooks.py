@@ -38,6 +38,25 @@ class TrainingHook(nn.Cell):
             step: () int32, the number of this update, from 1.
         """
 
+    def joins_kernel(self) -> bool:
+        """Whether it goes with AdamW's kernel: `after_kernel` does what ``after_update`` does."""
+        return type(self).after_update is TrainingHook.after_update
+
+    def after_kernel(
+        self, gradients: tuple[Tensor, ...], update: tuple[Tensor, Tensor], step: Tensor
+    ) -> Tensor:
+        """Runs after AdamW's kernel, also where that left the update out; see `mindpeft.ops.cpu.adamw`.
+
+        Args:
+            gradients: those of ``watched``, not clipped.
+            update: the norm of all gradients and the factor that clipped them, (1,) both, to be waited for.
+            step: as of ``after_update``.
+
+        Returns:
+            the norm, which waits for what is done here.
+        """
+        return update[0]
+
     def after_step(self, step: int) -> None:
         """Runs on the host after update ``step``: for what is done once and changes values alone."""
 

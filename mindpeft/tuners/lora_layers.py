@@ -74,10 +74,15 @@ class LoraLinear(LoraLayer):
         super().__init__(base_layer, *slot)
         self.dropout = dropout(0.0)
         self.kernel = None
-        if type(self) is LoraLinear and type(base_layer) in (Linear, Conv1D) and kernels_on():
-            turned, less = is_transposed(base_layer), needs_widening(base_layer.weight.dtype)
-            kernel = LoraKernel if base_layer.bias is None else LoraBiasKernel
-            self.kernel = kernel(turned, less)
+        if type(self) is LoraLinear:
+            self.join()
+
+    def join(self) -> None:
+        """Take the kernel for layer and pair together, where there is one."""
+        base = self.base_layer
+        if type(base) in (Linear, Conv1D) and kernels_on():
+            kernel = LoraKernel if base.bias is None else LoraBiasKernel
+            self.kernel = kernel(is_transposed(base), needs_widening(base.weight.dtype))
             self.noise = Noise(0.0)
 
     @classmethod
@@ -158,14 +163,17 @@ class LoraLinear(LoraLayer):
             return self.linear(hidden, self.lora_B.weight, self.lora_B.bias * self.scaling)
         return self.linear(hidden, self.lora_B.weight)
 
+    def pair(self) -> tuple[ms.Tensor, ms.Tensor]:
+        """A (r, in) and B (out, r) of the update s B A x; runs inside a graph."""
+        return self.lora_A.weight, self.lora_B.weight
+
     def joined(self, x: ms.Tensor) -> ms.Tensor:
         """Both in one kernel; runs inside a graph."""
-        base, a, b = self.base_layer, self.lora_A.weight, self.lora_B.weight
+        base, pair = self.base_layer, self.pair()
         if base.bias is None:
-            return self.kernel(x, base.weight, a, b, self.scaling, self.noise())[0]
-        return self.kernel(x, base.weight, a, b, self.scaling, self.noise(), ops.cast(base.bias, ms.float32))[
-            0
-        ]
+            return self.kernel(x, base.weight, *pair, self.scaling, self.noise())[0]
+        bias = ops.cast(base.bias, ms.float32)
+        return self.kernel(x, base.weight, *pair, self.scaling, self.noise(), bias)[0]
 
     def is_joined(self, x: ms.Tensor) -> bool:
         """Whether one kernel does it all; a constant of the graph."""

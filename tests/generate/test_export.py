@@ -14,6 +14,8 @@ from mindpeft import PeftModel
 from mindpeft.errors import InputError
 from mindpeft.generate.export import export_mindir
 from mindpeft.models import AutoModel, AutoModelForCausalLM
+from mindpeft.ops.cpu import kernels_on
+from mindpeft.ops.cpu.library import without_kernels
 from tests.models.decoders import make_decoder
 from tests.models.reference import make_reference
 
@@ -51,10 +53,25 @@ def test_graphs_write_what_the_model_writes(tmp_path, adapter):
         config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
         peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
         model = PeftModel.from_pretrained(model, tmp_path / "adapter")
+    expected = model.generate(PROMPTS, max_new_tokens=12, eos_token_id=2).asnumpy()[:, 4:]
+    check_export(model, tmp_path, expected)
+
+
+@pytest.mark.usefixtures("graph_mode")
+@pytest.mark.skipif(not kernels_on(), reason="no kernels here")
+def test_graphs_of_int8_weights(tmp_path):
+    """They hold bytes, and multiply what those stand for."""
+    make_decoder("llama", tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="int8")
+    with without_kernels(model):  # those would round the rows too
+        expected = model.generate(PROMPTS, max_new_tokens=12, eos_token_id=2).asnumpy()[:, 4:]
+    check_export(model, tmp_path, expected)
+
+
+def check_export(model, tmp_path, expected):
     folder = tmp_path / "exported"
     folder.mkdir()
     export_mindir(model, folder, rows=2, prompt=6, new_tokens=20)
-    expected = model.generate(PROMPTS, max_new_tokens=12, eos_token_id=2).asnumpy()[:, 4:]
     found = written_alone(folder)
     for row, wanted in zip(found, expected.tolist(), strict=True):
         end = wanted.index(2) + 1 if 2 in wanted else 12

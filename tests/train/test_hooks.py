@@ -8,6 +8,7 @@ import pytest
 from mindspore import Parameter, Tensor, ops
 
 from mindpeft.errors import InputError
+from mindpeft.ops.cpu import kernels_on
 from mindpeft.train.callbacks import TrainerState
 from mindpeft.train.checkpoints import load_checkpoint, save_checkpoint
 from mindpeft.train.optim import AdamW
@@ -85,6 +86,35 @@ def test_the_gradient_is_the_clipped_one_and_one_graph_is_enough():
     assert 0 < np.abs(runner.hooks[0].gradient.asnumpy()).max() <= 1e-3
     assert runner.hooks[0].steps.asnumpy().tolist() == [2, 3, 4]
     assert runner.cached_graphs == 1
+
+
+class Pulling(TrainingHook):
+    """Pulls the head's bias to 0 by a term whose gradient needs nothing of its value."""
+
+    def __init__(self, bias):
+        super().__init__([])
+        self.bias = bias
+
+    def penalty(self):
+        return ops.sum(ops.abs(self.bias)) * 0.5
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_a_term_alone_goes_with_the_optimizers_kernel(monkeypatch, clip):
+    def trained():
+        model = SmallClassifier()
+        model.training_hooks = lambda: [Pulling(model.head.bias)]
+        runner, losses = train(model, clip=clip, steps=5)
+        values = [parameter.asnumpy() for parameter in model.trainable_params()]
+        return runner._train_step.kernel, [losses, *values, *runner.optimizer.state_dict().values()]
+
+    kernel, found = trained()
+    assert (kernel is None) != kernels_on()
+    monkeypatch.setattr("mindpeft.train.step.kernels_on", lambda: False)
+    kernel, expected = trained()
+    assert kernel is None
+    for one, two in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
 
 
 def test_an_update_that_is_left_out_calls_nothing():

@@ -181,6 +181,31 @@ def test_training_and_pruning_equal_pefts(twins, tmp_path, options, clip):
     assert all(np.array_equal(value, files["ours"][name]) for name, value in twice.items())
 
 
+def test_kernels_train_as_the_operators_do(twins, tmp_path, monkeypatch):
+    options = {**SCHEDULE, "target_modules": ["query"], "tinit": 2, "total_step": 10, "tfinal": 2}
+    torch_adalora(twins, tmp_path, **options)
+
+    def trained():
+        model = PeftModel.from_pretrained(twins.make_model(), tmp_path, is_trainable=True)
+        runner = StepRunner(model, AdamW(model, weight_decay=0.1), max_grad_norm=0.05)
+        batch = {"input_ids": twins.IDS, "labels": LABELS}
+        results = [runner.train(batch, step, 1e-2) for step in range(1, 13)]
+        kernel = runner._train_step.kernel
+        values = [p.asnumpy() for p in (*model.trainable_params(), *runner.hooks[0].state().values())]
+        return kernel, results, values, list(runner.optimizer.state_dict().values())
+
+    kernel, *found = trained()
+    if kernel is None:
+        pytest.skip("no kernels here")
+    for module in ("train.step", "tuners.adalora_pruning", "tuners.lora_layers"):
+        monkeypatch.setattr(f"mindpeft.{module}.kernels_on", lambda: False)
+    kernel, *expected = trained()
+    assert kernel is None
+    for mine, other in zip(found, expected, strict=True):
+        for one, two in zip(mine, other, strict=True):
+            np.testing.assert_allclose(one, two, rtol=1e-4, atol=2e-6)
+
+
 @pytest.mark.slow
 def test_pynative_trains_the_same_and_larger_slots_change_nothing(twins, tmp_path):
     options = {**SCHEDULE, "target_modules": ["query"], "tinit": 1, "total_step": 10, "tfinal": 2}

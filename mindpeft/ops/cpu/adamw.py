@@ -10,11 +10,12 @@ from mindpeft.ops.cpu.library import Kernel, kernel, setting
 
 
 class AdamWKernel(Kernel):
-    """Clips gradients and updates parameters and moments in place; returns the gradients' norm, (1,).
+    """Clips gradients and updates parameters and moments in place.
 
     MindSpore does not know that the kernel writes: one operator stands for some ten of each parameter, which
-    take most of a training step's compilation. It may be used where nothing but forward and backward pass
-    reads the parameters, since it waits for all gradients.
+    take most of a training step's compilation. It waits for the loss and all gradients; who reads or writes
+    the parameters later in the same graph must wait for what it returns, and may not use ``ops.assign``:
+    MindSpore would hand the parameters' earlier readers, the kernel among them, a copy.
 
     Args:
         betas, eps: of AdamW.
@@ -33,7 +34,7 @@ class AdamWKernel(Kernel):
     ):
         super().__init__()
         self.settings = setting(*betas, eps, max_grad_norm, *decays, *rates)
-        self.forward = kernel("adamw", lambda *_: (1,))
+        self.forward = kernel("adamw", lambda *_: ((1,), (1,)), 2)
 
     def construct(
         self,
@@ -41,11 +42,16 @@ class AdamWKernel(Kernel):
         parameters: tuple[Tensor, ...],
         moments: tuple[Tensor, Tensor],
         scalars: tuple[Tensor, Tensor, Tensor],
-    ) -> Tensor:
+        loss: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """
         Args:
             gradients, parameters: in the order of ``decays``.
             moments: flat, over all parameters.
             scalars: learning rate, step size and root scale of `mindpeft.train.optim.AdamW.scalars`.
+            loss: (), of which all is computed before.
+
+        Returns:
+            the gradients' norm and the factor that clipped them, (1,) both.
         """
-        return self.forward(*gradients, *parameters, *moments, *scalars, self.settings)
+        return self.forward(*gradients, *parameters, *moments, *scalars, self.settings, loss)

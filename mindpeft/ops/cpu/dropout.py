@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mindspore as ms
 import mindspore.nn as nn
 from mindspore import Tensor, ops
 
@@ -45,24 +44,3 @@ class DropoutKernel(Kernel):
 
     def construct(self, x, noise):
         return self.forward(x, noise)
-
-
-class FastDropout(nn.Cell):
-    """Dropout by its kernel where the numbers are float32.
-
-    Args:
-        p: the share set to zero in training.
-        plain: the Cell for other numbers.
-    """
-
-    def __init__(self, p: float, plain: nn.Cell):
-        super().__init__()
-        self.p = p
-        self.noise, self.kernel, self.plain = Noise(p), DropoutKernel(), plain
-
-    def construct(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0.0:
-            return x
-        if self.kernel is None or x.dtype != ms.float32:
-            return self.plain(x)
-        return self.kernel(x, self.noise())

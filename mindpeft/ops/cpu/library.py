@@ -24,6 +24,11 @@ LEVELS = {
     "avx2": ("AVX2", "FMA3", "F16C"),
     "plain": (),
 }
+# The library's functions that tell what it found, in the order of `Library`'s attributes.
+_ABILITIES = (
+    *("has_fast_products", "has_fast_bfloat16_products"),
+    *("has_matrix_units", "has_fast_int8_products"),
+)
 _log = logging.getLogger(__name__)
 
 
@@ -36,6 +41,8 @@ class Library(NamedTuple):
         products: whether MindSpore's library of matrix products was found, which the kernels call.
         bfloat16: whether it has fast ones of bfloat16 for this processor; else such weights are widened, some
             at a time.
+        matrix_units: whether those are made on the processor's matrix units (AMX).
+        int8: whether it multiplies 8-bit numbers fast; else such weights are widened too.
         reason: why there is none.
     """
 
@@ -43,15 +50,18 @@ class Library(NamedTuple):
     level: str = ""
     products: bool = False
     bfloat16: bool = False
+    matrix_units: bool = False
+    int8: bool = False
     reason: str = ""
 
     def describe(self) -> str:
         """One line for people."""
         if self.path is None:
             return f"MindSpore's own operators ({self.reason})"
-        kinds = "of float32 and bfloat16" if self.bfloat16 else "of float32"
-        products = f"oneDNN's products {kinds}" if self.products else "plain products"
-        return f"mindpeft's kernels for {self.level}, {products}"
+        library = "oneDNN's products" if self.products else "plain products"
+        bfloat16 = "bfloat16 (AMX)" if self.matrix_units else "bfloat16"
+        fast = [name for name, has in ((bfloat16, self.bfloat16), ("int8", self.int8)) if has]
+        return f"mindpeft's kernels for {self.level}, {library} of {', '.join(['float32', *fast])}"
 
 
 @functools.cache
@@ -82,8 +92,7 @@ def _load() -> Library:
         except OSError as error:
             reason = f"{path.name} can't be loaded: {error}"
             continue
-        found = loaded.has_fast_products(), loaded.has_fast_bfloat16_products()
-        return Library(str(path), level, *map(bool, found))
+        return Library(str(path), level, *(bool(getattr(loaded, name)()) for name in _ABILITIES))
     return Library(None, reason=reason)
 
 

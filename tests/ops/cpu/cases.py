@@ -376,12 +376,46 @@ def adamw(random: Random) -> Iterator[Case]:
         moments = [np.abs(random.normal(sum(value.size for value in parameters))) for _ in range(2)]
         scalars = [np.array(value, np.float32) for value in (1e-3, 2e-3, 3.0)]
         options = numbers(0.9, 0.99, 1e-8, 1.0, *random.normal(2 * len(shapes)))
-        yield Case("adamw", (*gradients, *parameters, *moments, *scalars, options))
+        loss = np.array(0.5, np.float32)
+        yield Case("adamw", (*gradients, *parameters, *moments, *scalars, options, loss))
+
+
+def adalora_shapes(random: Random, rank: int, room: int) -> tuple[tuple[int, int], ...]:
+    """Of A, E and B of a layer with room for some more ranks."""
+    return (rank + room, random.pick(SIZES)), (rank + room, 1), (random.pick(SIZES), rank + room)
+
+
+def adalora_penalty(random: Random) -> Iterator[Case]:
+    while True:
+        ranks = [random.pick((1, 3, 12)) for _ in range(random.pick((1, 4)))]
+        shapes = [adalora_shapes(random, rank, random.pick((0, 2))) for rank in ranks]
+        factors = [random.normal(*shape) for a, _, b in shapes for shape in (a, b)]
+        yield Case("adalora_penalty", (*factors, numbers(0.5, *ranks)))
+
+
+def adalora_prune(random: Random) -> Iterator[Case]:
+    """Updates before, while and after ranks are pruned, of which the last is the fourth."""
+    while True:
+        ranks = [random.pick((1, 3, 12)) for _ in range(random.pick((1, 4)))]
+        layers = [adalora_shapes(random, rank, random.pick((0, 2))) for rank in ranks]
+        shapes = [shape for layer in layers for shape in layer]
+        gradients, parameters = ([random.normal(*shape) for shape in shapes] for _ in range(2))
+        size = sum(rank * (a[1] + 1 + b[0]) for rank, (a, _, b) in zip(ranks, layers, strict=True))
+        kept = np.full(sum(ranks), -1, np.float32)
+        state = *(np.abs(random.normal(size)) for _ in range(2)), kept
+        budget = np.array([-1, 0, -1, 1, len(ranks)], np.int32)
+        step = np.array(random.pick((1, 2, 3, 4, 7)), np.int32)
+        rest = numbers(0.9), numbers(0.5), numbers(0.85, 0.8, *ranks)
+        yield Case("adalora_prune", (*gradients, *parameters, *state, budget, step, *rest))
 
 
 # Those whose expectation is worked out in their own tests.
 OTHERS: dict[str, Maker] = {
-    family.__name__: family for family in (lora_with_dropout, attention_with_dropout, cached_attention, adamw)
+    family.__name__: family
+    for family in (
+        *(lora_with_dropout, attention_with_dropout, cached_attention),
+        *(adamw, adalora_penalty, adalora_prune),
+    )
 }
 
 

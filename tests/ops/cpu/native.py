@@ -329,12 +329,29 @@ def cached_attention(kernels: Kernels, q, k, v, mask, settings, keys, values, pl
 
 
 def adamw(kernels: Kernels, *tensors):
-    """Gradients, parameters, both moments, then scalars and settings -> what has changed, and the norm."""
-    count = (len(tensors) - 6) // 2
+    """Gradients, parameters, both moments, scalars, settings, loss -> what has changed, norm and factor."""
+    count = (len(tensors) - 7) // 2
     changed = [value.copy() for value in tensors[count : 2 * count + 2]]
+    results = np.zeros(1, np.float32), np.zeros(1, np.float32)
+    kernels.call("adamw", *tensors[:count], *changed, *tensors[2 * count + 2 :], *results)
+    return [*changed, *results]
+
+
+def adalora_penalty(kernels: Kernels, *tensors):
+    """As and Bs in turn, settings -> the penalty and all gradients."""
+    shapes = [factor.shape for factor in tensors[:-1]]
+    penalty = kernels.one("adalora_penalty", *tensors, to=(1,))
+    return [penalty, *kernels.compute("adalora_penalty_grad", *tensors, cotangent((1,)), to=shapes)]
+
+
+def adalora_prune(kernels: Kernels, *tensors):
+    """The kernel's inputs -> the parameters and what is kept of them."""
+    count = (len(tensors) - 8) // 2
+    changed = [value.copy() for value in tensors[count : 2 * count + 3]]
     norm = np.zeros(1, np.float32)
-    kernels.call("adamw", *tensors[:count], *changed, *tensors[2 * count + 2 :], norm)
-    return [*changed, norm]
+    kernels.call("adalora_prune", *tensors[:count], *changed, *tensors[2 * count + 3 :], norm)
+    np.testing.assert_array_equal(norm, tensors[-3])
+    return changed
 
 
 _by_name = (
@@ -356,7 +373,10 @@ FAMILIES = {
         family.__name__: family
         for family in (*_by_name, rms_norm, layer_norm, loss, split_heads, merge_heads, embedding)
     },
-    **{family.__name__: family for family in (cached_attention, adamw, scale_columns)},
+    **{
+        family.__name__: family
+        for family in (cached_attention, adamw, adalora_penalty, adalora_prune, scale_columns)
+    },
     **{family.__name__: family for family in (int8_linear, int8_linear_bias)},
     "described_attention": masked_attention,
     **{family.__name__: family for family in (lora_with_dropout, attention_with_dropout)},

@@ -9,6 +9,7 @@ import torch
 from tests.ops.cpu.cases import Random, numbers
 
 SHAPES = [(3,), (130, 257), (1,), (5, 7, 11)]  # the second is more than one piece of work
+LOSS = np.array(0, np.float32)
 BETAS, EPS, RATE = (0.9, 0.98), 1e-7, 3e-3
 DECAYS, RATES = (0.0, 0.1, 0.0, 0.02), (1.0, 1.0, 4.0, 0.5)
 
@@ -33,14 +34,16 @@ def test_five_steps_equal_torchs(kernels, most):
     theirs = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in ours]
     optimizer = torch_optimizer(theirs)
     moments = [np.zeros(sum(value.size for value in ours), np.float32) for _ in range(2)]
-    settings, norm = numbers(*BETAS, EPS, most, *DECAYS, *RATES), np.zeros(1, np.float32)
+    settings = numbers(*BETAS, EPS, most, *DECAYS, *RATES)
+    norm, factor = np.zeros(1, np.float32), np.zeros(1, np.float32)
     for step in range(1, 6):
         gradients = [random.normal(*shape, scale=step) for shape in SHAPES]
         for parameter, gradient in zip(theirs, gradients, strict=True):
             parameter.grad = torch.tensor(gradient, dtype=torch.float64)
         expected = torch.nn.utils.clip_grad_norm_(theirs, most or float("inf"))
         optimizer.step()
-        kernels.call("adamw", *gradients, *ours, *moments, *scalars(step), settings, norm)
+        kernels.call("adamw", *gradients, *ours, *moments, *scalars(step), settings, LOSS, norm, factor)
+        assert factor[0] == pytest.approx(min(1.0, most / norm[0]) if most else 1.0, rel=1e-5)
         assert norm[0] == pytest.approx(float(expected), rel=1e-6)
         for mine, other in zip(ours, theirs, strict=True):
             np.testing.assert_allclose(mine, other.detach().numpy(), rtol=1e-5, atol=2e-6)
@@ -54,7 +57,7 @@ def test_a_norm_that_is_not_finite_changes_nothing(kernels, value):
     moments = [random.normal(sum(one.size for one in ours)) for _ in range(2)]
     before = [one.copy() for one in (*ours, *moments)]
     settings, norm = numbers(*BETAS, EPS, 1.0, *DECAYS, *RATES), np.zeros(1, np.float32)
-    kernels.call("adamw", *gradients, *ours, *moments, *scalars(1), settings, norm)
+    kernels.call("adamw", *gradients, *ours, *moments, *scalars(1), settings, LOSS, norm, norm.copy())
     assert not np.isfinite(norm[0])
     for one, kept in zip((*ours, *moments), before, strict=True):
         np.testing.assert_array_equal(one, kept)

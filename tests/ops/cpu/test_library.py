@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import shutil
@@ -40,11 +41,28 @@ def test_the_build_in_use():
     found = module.library()
     assert found.level in LEVELS
     assert found.path.endswith(f"kernels_{found.level}.so")
-    assert found.describe() in (
-        f"mindpeft's kernels for {found.level}, oneDNN's products of float32",
-        f"mindpeft's kernels for {found.level}, oneDNN's products of float32 and bfloat16",
-        f"mindpeft's kernels for {found.level}, plain products",
-    )
+    assert found.describe().startswith(f"mindpeft's kernels for {found.level}, ")
+    assert found.bfloat16 or not found.matrix_units
+    loaded = ctypes.CDLL(found.path)
+    assert found.matrix_units == bool(loaded.has_matrix_units())
+    assert found.int8 == bool(loaded.has_fast_int8_products())
+
+
+@pytest.mark.parametrize(
+    ("abilities", "words"),
+    [
+        ({}, "plain products of float32"),
+        ({"products": True}, "oneDNN's products of float32"),
+        ({"products": True, "int8": True}, "oneDNN's products of float32, int8"),
+        ({"products": True, "bfloat16": True}, "oneDNN's products of float32, bfloat16"),
+        (
+            {"products": True, "bfloat16": True, "matrix_units": True, "int8": True},
+            "oneDNN's products of float32, bfloat16 (AMX), int8",
+        ),
+    ],
+)
+def test_what_is_said_of_a_build(abilities, words):
+    assert Library("here", "avx2", **abilities).describe() == f"mindpeft's kernels for avx2, {words}"
 
 
 def test_none_were_built(folder, caplog):

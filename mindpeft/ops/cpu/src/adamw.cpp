@@ -64,18 +64,19 @@ void update(const Step& step, float decay, float rate, const float* gradients, f
 }  // namespace
 
 // The gradients of n parameters, the parameters, both moments of all (total), learning rate, step size, root scale,
-// settings (4 + 2 n: both betas, eps, norm to clip to or 0, every parameter's decay, every one's rate) -> norm (1).
+// settings (4 + 2 n: both betas, eps, norm to clip to or 0, every parameter's decay, every one's rate), the loss ->
+// norm (1), the factor that clips (1).
 // Parameters and moments are written where they are, unknown to MindSpore: whoever reads them in the same graph
-// must come before one of the gradients. A norm that is not finite changes nothing.
+// must come before one of the gradients or the loss, or after the norm. A norm that is not finite changes nothing.
 MINDPEFT_KERNEL(adamw) {
-  const int parameters = (arguments.count() - 7) / 2, rest = 2 * parameters;
+  const int parameters = (arguments.count() - 9) / 2, rest = 2 * parameters;
   const float* settings = arguments.at(rest + 5);
   const auto pieces = pieces_of(arguments, parameters);
-  const double norm = norm_of(arguments, pieces);
-  *arguments.at(rest + 6) = static_cast<float>(norm);
-  if (!std::isfinite(static_cast<float>(norm))) return;
-  const float most = settings[3];
-  const float factor = most > 0 ? std::fmin(1.0f, most / (static_cast<float>(norm) + kClipEps)) : 1.0f;
+  const float norm = static_cast<float>(norm_of(arguments, pieces)), most = settings[3];
+  const float factor = most > 0 ? std::fmin(1.0f, most / (norm + kClipEps)) : 1.0f;
+  *arguments.at(rest + 7) = norm;
+  *arguments.at(rest + 8) = factor;
+  if (!std::isfinite(norm)) return;
   const Step step{settings[0], settings[1], settings[2], factor, *arguments.at(rest + 2), *arguments.at(rest + 3),
                   *arguments.at(rest + 4)};
   const float *decays = settings + 4, *rates = decays + parameters;

@@ -206,8 +206,8 @@ extern "C" __attribute__((visibility("default"))) int has_fast_products() {
   return mindpeft::products().floats != nullptr;
 }
 
+extern "C" __attribute__((visibility("default"))) int has_matrix_units() { return mindpeft::amx::available(); }
+
 extern "C" __attribute__((visibility("default"))) int has_fast_bfloat16_products() {
   return mindpeft::products().bfloats != nullptr || mindpeft::amx::available();
 }
-
-extern "C" __attribute__((visibility("default"))) int has_matrix_units() { return mindpeft::amx::available(); }
