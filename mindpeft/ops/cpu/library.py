@@ -18,6 +18,7 @@ from mindspore import Tensor, nn, ops
 from mindpeft.ops.device import on_cpu
 
 SWITCH = "MINDPEFT_CPU_KERNELS"
+THREADS = ("MINDPEFT_NUM_THREADS", "OMP_NUM_THREADS")
 # Levels of the build, the best first, and what a processor must have for one (NumPy's names).
 LEVELS = {
     "avx512": ("AVX512F", "AVX512CD", "AVX512BW", "AVX512DQ", "AVX512VL"),
@@ -92,8 +93,18 @@ def _load() -> Library:
         except OSError as error:
             reason = f"{path.name} can't be loaded: {error}"
             continue
+        loaded.use_threads(wanted_threads())
         return Library(str(path), level, *(bool(getattr(loaded, name)()) for name in _ABILITIES))
     return Library(None, reason=reason)
+
+
+def wanted_threads() -> int:
+    """How many threads the environment asks for; 0 if it does not say.
+
+    The library can't ask it: MindSpore sets OMP_NUM_THREADS to 1 behind Python's back.
+    """
+    values = (os.environ.get(name, "") for name in THREADS)
+    return next((int(value) for value in values if value.isdecimal() and int(value) > 0), 0)
 
 
 def _processor_features() -> dict[str, bool]:

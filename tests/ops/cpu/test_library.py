@@ -49,6 +49,30 @@ def test_the_build_in_use():
 
 
 @pytest.mark.parametrize(
+    ("wanted", "threads"),
+    [
+        ({}, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        ({"OMP_NUM_THREADS": "3"}, 3),
+        ({"OMP_NUM_THREADS": "3", "MINDPEFT_NUM_THREADS": "5"}, 5),
+        ({"OMP_NUM_THREADS": "3", "MINDPEFT_NUM_THREADS": "many"}, 3),
+    ],
+)
+def test_as_many_threads_as_the_environment_says(wanted, threads):
+    """Or all cores: that MindSpore sets OMP_NUM_THREADS to 1 in C must not count."""
+    code = (
+        "import ctypes\n"
+        "import mindspore\n"
+        "from mindpeft.ops.cpu.library import library\n"
+        "print('threads', ctypes.CDLL(library().path).threads_in_use())\n"
+    )
+    others = {name: value for name, value in os.environ.items() if name not in module.THREADS}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**others, **wanted}, capture_output=True, text=True, check=True
+    )
+    assert f"threads {threads}" in done.stdout
+
+
+@pytest.mark.parametrize(
     ("abilities", "words"),
     [
         ({}, "plain products of float32"),

@@ -19,7 +19,11 @@ void each(int64_t count, Output* out, const Function& function, const Inputs*...
 }
 
 // What the backward pass will need, at half its size.
-inline void keep(int64_t count, const float* x, bfloat16* kept) { each(count, kept, narrow, x); }
-inline void restore(int64_t count, const bfloat16* kept, float* x) { each(count, x, widen, kept); }
+inline void keep(int64_t count, const float* x, bfloat16* kept) {
+  each(count, kept, [](float value) { return narrow(value); }, x);
+}
+inline void restore(int64_t count, const bfloat16* kept, float* x) {
+  each(count, x, [](bfloat16 value) { return widen(value); }, kept);
+}
 
 }  // namespace mindpeft

@@ -18,12 +18,13 @@ namespace {
 constexpr int kSlots = 10;
 constexpr std::size_t kAlignment = 64;
 
+constexpr int kMostThreads = 256;
+int told = 0;  // how many threads, by use_threads
+
 int wanted_threads() {
-  for (const char* name : {"MINDPEFT_NUM_THREADS", "OMP_NUM_THREADS"}) {
-    const char* value = std::getenv(name);
-    const int number = value == nullptr ? 0 : std::atoi(value);
-    if (number > 0) return std::min(number, 256);
-  }
+  const char* value = std::getenv("MINDPEFT_NUM_THREADS");
+  const int number = told > 0 ? told : value == nullptr ? 0 : std::atoi(value);
+  if (number > 0) return std::min(number, kMostThreads);
 #ifdef __linux__
   cpu_set_t mine;  // a container or taskset may leave fewer cores than the machine has
   if (sched_getaffinity(0, sizeof(mine), &mine) == 0) return std::max(1, CPU_COUNT(&mine));
@@ -146,3 +147,7 @@ Shared::Shared(int64_t floats) : data_(allocate(floats)) {}
 Shared::~Shared() { release(data_); }
 
 }  // namespace mindpeft
+
+extern "C" __attribute__((visibility("default"))) void use_threads(int count) { mindpeft::told = count; }
+
+extern "C" __attribute__((visibility("default"))) int threads_in_use() { return mindpeft::thread_count(); }

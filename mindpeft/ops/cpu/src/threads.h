@@ -43,3 +43,7 @@ class Shared {
 };
 
 }  // namespace mindpeft
+
+// Lets that many threads work at once, from the first kernel on.
+extern "C" void use_threads(int count);
+extern "C" int threads_in_use();
