@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
@@ -53,7 +54,8 @@ class Pool {
       next_.store(0);
       ++number_;
     }
-    wake_.notify_all();
+    const int64_t helpers = std::min<int64_t>(count, threads_) - 1;  // no more need to wake up
+    for (int64_t i = 0; i < helpers; ++i) wake_.notify_one();
     work(task, count);
     std::unique_lock<std::mutex> lock(mutex_);
     task_ = nullptr;  // who wakes up later finds nothing to do
