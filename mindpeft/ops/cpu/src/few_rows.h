@@ -64,7 +64,11 @@ inline void dot(const float* x, int64_t x_stride, const Weight* weight, int64_t 
   int64_t i = 0;
   for (; i + kLanes <= k; i += kLanes) {
     Lanes columns[kColumns];
-    for (int c = 0; c < kColumns; ++c) columns[c] = load(weight + c * weight_stride + i);
+    for (int c = 0; c < kColumns; ++c) {
+      columns[c] = load(weight + c * weight_stride + i);
+      // The processor foresees the rest of a row, but not the rows that come next.
+      __builtin_prefetch(weight + (c + kColumns) * weight_stride + i);
+    }
     for (int r = 0; r < kRows; ++r) {
       const Lanes row = load(x + r * x_stride + i);
       for (int c = 0; c < kColumns; ++c) sums[r][c] += row * columns[c];
