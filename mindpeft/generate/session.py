@@ -37,21 +37,24 @@ class _Step(CompiledCell):
         self.caches = caches
         self.argmax = ops.Argmax(-1)
 
+    def chosen(self, logits):
+        """Logits (rows, 1, vocabulary) without their middle axis, and the best; runs inside a graph."""
+        logits = logits.reshape((logits.shape[0], logits.shape[2]))  # a slice would copy, number by number
+        return logits, self.argmax(logits)
+
 
 class PromptStep(_Step):
     """Reads whole prompts, which fill the caches from their beginning."""
 
     def construct(self, input_ids, attention_mask, position_ids):
-        logits = self.model(input_ids, attention_mask, position_ids, logits_to_keep=1)[:, -1]
-        return logits, self.argmax(logits)
+        return self.chosen(self.model(input_ids, attention_mask, position_ids, logits_to_keep=1))
 
 
 class TokenStep(_Step):
     """Reads one token for each row."""
 
     def construct(self, input_ids, attention_mask, position_ids, place):
-        logits = self.model(input_ids, attention_mask, position_ids, place=place, logits_to_keep=1)[:, -1]
-        return logits, self.argmax(logits)
+        return self.chosen(self.model(input_ids, attention_mask, position_ids, place=place, logits_to_keep=1))
 
 
 class Reorder(nn.Cell):
