@@ -435,6 +435,7 @@ def large() -> list[Case]:
         Case("linear", (on_bfloat16_grid(x), grid), (), True),
         Case("linear", (x[:8], weight)),
         *deep(random),
+        *few_rows(random),
         int8_case(random, "int8_linear_bias", (1300,), 67, 1100),
         int8_case(random, "int8_linear", (700,), 67, 1100),
         Case("lora_bias", (x, weight, *low_rank, random.normal(1100)), (numbers(0.5),)),
@@ -465,6 +466,19 @@ def deep(random: Random) -> list[Case]:
         Case("linear_bias", (x, weight, bias)),
         Case("linear_bias", (on_bfloat16_grid(x), on_bfloat16_grid(weight), bias), (), True),
         Case("linear_turned", (on_bfloat16_grid(x), turned), (), True),
+    ]
+
+
+def few_rows(random: Random) -> list[Case]:
+    """Rows of floats beside a weight of bfloat16, in sizes that matrix units take: whole steps of the depth."""
+    return [
+        Case(
+            "linear_bias",
+            (random.normal(rows, depth), on_bfloat16_grid(random.normal(n, depth)), random.normal(n)),
+            (),
+            True,
+        )
+        for rows, n, depth in [(3, 16, 32), (5, 1000, 96), (8, 50, 1600), (9, 33, 64), (16, 4000, 160)]
     ]
 
 

@@ -11,7 +11,7 @@ from mindpeft.ops.cpu.linear import LinearBiasKernel, LinearKernel, LoraBiasKern
 from mindpeft.ops.linear import Product
 from tests.ops.cotangent import on_bfloat16_grid
 from tests.ops.cpu import native
-from tests.ops.cpu.cases import PRODUCTS, Case, Random, numbers, some
+from tests.ops.cpu.cases import PRODUCTS, Case, Random, few_rows, numbers, some
 from tests.ops.cpu.cells import assert_equals_torch
 from tests.ops.cpu.expected import error, expectation, worst
 
@@ -77,6 +77,22 @@ def test_numbers_beside_a_bfloat16_weight_are_rounded_from_nine_rows_on(kernels,
     assert error(found, expected) < tolerance
     rounds = bool(kernels.library.has_fast_bfloat16_products())
     assert (error(found, expected) < 1e-5) == (rows == 8 or not rounds)
+
+
+@pytest.mark.parametrize("case", few_rows(Random(4)), ids=lambda case: str(case.inputs[0].shape))
+def test_few_rows_beside_a_bfloat16_weight(kernels, case):
+    """On matrix units they are not rounded up to 16 rows, elsewhere up to 8."""
+    rounds = len(case.inputs[0]) > 8 and not kernels.library.has_matrix_units()
+    found, expected = case.run(kernels), expectation(case)
+    assert error(found[:1], expected[:1]) < (2**-7 if rounds else 1e-5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3.4e38])
+def test_few_rows_keep_an_odd_number_in_its_row(kernels, value):
+    x, weight = Random(6).normal(5, 64), on_bfloat16_grid(Random(7).normal(48, 64) / 64)
+    x[2, 7] = value
+    case = Case("linear", (x, weight), bfloat16=True)
+    assert error(case.run(kernels)[:1], expectation(case)[:1]) < 1e-5
 
 
 def test_rounding_is_to_the_nearest_even_bfloat16(kernels):

@@ -7,6 +7,8 @@
 
 namespace mindpeft::amx {
 
+constexpr int64_t kPanel = 32;  // rows of a, or columns of b, that are multiplied together
+
 // Whether the processor has them, the system lets this process use them, and the compiler knew them.
 bool available();
 
@@ -19,6 +21,18 @@ bool worthwhile(int64_t m, int64_t n, int64_t k, bool bfloat);
 // rounded to them. Where b holds floats, all numbers are split into three bfloat16s, which hold every bit; of the
 // nine products of parts the three smallest, below 2^-23 of the whole, are left out.
 void multiply(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Matrix b, float keep, float* c,
+              int64_t stride);
+
+// The same on all threads for up to 16 rows of floats and the transpose of a weight of bfloat16s, which is read once,
+// at the speed of the memory; the rows are split into three parts, so nothing is rounded. Returns whether it was
+// done: it is not where sizes do not fit, or a number is not finite.
+bool few_rows(int64_t m, int64_t n, int64_t k, float scale, const Matrix& a, const Matrix& b, float keep, float* c,
+              int64_t stride);
+
+// The same on all threads for 3 to 16 rows of floats and the transpose of a weight of bfloat16s, which is read once,
+// at the speed of the memory; the rows are split into two parts, so 16 of their bits count. Returns whether it was
+// done: it is not where the sizes do not fit, or a number is not finite.
+bool few_rows(int64_t m, int64_t n, int64_t k, float scale, const Matrix& a, const Matrix& b, float keep, float* c,
               int64_t stride);
 
 }  // namespace mindpeft::amx

@@ -100,7 +100,7 @@ void split_product(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Matri
 // On the processor's matrix units: a rectangle of c for each thread, so shaped that little is packed twice.
 void matrix_unit_product(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Matrix b, float keep, float* c,
                          int64_t stride) {
-  constexpr int64_t kPanel = 32;
+  using amx::kPanel;
   const int64_t threads = thread_count(), tall = (m + kPanel - 1) / kPanel, wide = (n + kPanel - 1) / kPanel;
   int64_t down = threads;
   for (int64_t i = 1; i <= threads; ++i) {
@@ -183,8 +183,10 @@ void multiply(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Matrix b, 
 
 void multiply_in_parallel(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Matrix b, float keep,
                           float* c, int64_t stride) {
+  const bool by_rows = !a.transposed && !a.bfloat && b.transposed;
+  if (by_rows && b.bfloat && amx::few_rows(m, n, k, scale, a, b, keep, c, stride)) return;
   constexpr int64_t kFew = 8;
-  if (m <= kFew && !a.transposed && !a.bfloat && b.transposed) {
+  if (by_rows && m <= kFew) {
     const float* x = static_cast<const float*>(a.data);
     if (b.bfloat) {
       few_rows(m, n, k, scale, x, a.stride, static_cast<const bfloat16*>(b.data), b.stride, keep, c, stride);
