@@ -470,7 +470,7 @@ def deep(random: Random) -> list[Case]:
 
 
 def few_rows(random: Random) -> list[Case]:
-    """Rows of floats beside a weight of bfloat16, in sizes that matrix units take: whole steps of the depth."""
+    """Rows of floats beside a weight of bfloat16, in sizes that matrix units take."""
     return [
         Case(
             "linear_bias",
