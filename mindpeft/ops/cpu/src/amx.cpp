@@ -1,7 +1,7 @@
 #include "amx.h"
 
 #include "amx_tiles.h"
-#include "threads.h"
+#include "buffers.h"
 
 #ifdef MINDPEFT_AMX
 

@@ -1,5 +1,6 @@
 #include "amx.h"
 #include "amx_tiles.h"
+#include "buffers.h"
 #include "memory.h"
 #include "threads.h"
 

@@ -12,6 +12,7 @@
 
 #include <cmath>
 
+#include "buffers.h"
 #include "elementwise.h"
 
 namespace {

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "arguments.h"
+#include "buffers.h"
 #include "gemm.h"
 #include "mask.h"
 #include "noise.h"

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "buffers.h"
 #include "elementwise.h"
 
 namespace {

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "amx.h"
+#include "buffers.h"
 #include "few_rows.h"
 #include "threads.h"
 #include "vector_math.h"

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "buffers.h"
 #include "few_rows.h"
 #include "gemm.h"
 #include "threads.h"

@@ -2,6 +2,7 @@
 // "turned" in their names take weights (in, out).
 #include <algorithm>
 
+#include "buffers.h"
 #include "elementwise.h"
 #include "gemm.h"
 #include "noise.h"

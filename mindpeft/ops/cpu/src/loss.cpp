@@ -3,6 +3,7 @@
 #include <cmath>
 #include <vector>
 
+#include "buffers.h"
 #include "gemm.h"
 #include "threads.h"
 #include "vector_math.h"

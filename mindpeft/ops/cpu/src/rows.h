@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "buffers.h"
 #include "threads.h"
 
 namespace mindpeft {

@@ -7,17 +7,12 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
-#include <memory>
 #include <mutex>
-#include <new>
 #include <thread>
 #include <vector>
 
 namespace mindpeft {
 namespace {
-
-constexpr int kSlots = 10;
-constexpr std::size_t kAlignment = 64;
 
 constexpr int kMostThreads = 256;
 int told = 0;  // how many threads, by use_threads
@@ -114,39 +109,11 @@ Pool& the_pool() {
   return *pool;
 }
 
-float* allocate(int64_t floats) {
-  const std::size_t bytes = (floats * sizeof(float) + kAlignment - 1) / kAlignment * kAlignment;
-  return static_cast<float*>(::operator new(std::max<std::size_t>(bytes, kAlignment), std::align_val_t(kAlignment)));
-}
-
-void release(float* data) { ::operator delete(data, std::align_val_t(kAlignment)); }
-
-struct Buffer {
-  float* data = nullptr;
-  int64_t floats = 0;
-  ~Buffer() { release(data); }
-};
-
 }  // namespace
 
 int thread_count() { return the_pool().threads(); }
 
 void run_tasks(int64_t count, const std::function<void(int64_t)>& task) { the_pool().run(count, task); }
-
-float* scratch(int slot, int64_t floats) {
-  thread_local Buffer buffers[kSlots];
-  Buffer& buffer = buffers[slot];
-  if (buffer.floats < floats) {
-    release(buffer.data);
-    buffer.data = nullptr;
-    buffer.data = allocate(floats);
-    buffer.floats = floats;
-  }
-  return buffer.data;
-}
-
-Shared::Shared(int64_t floats) : data_(allocate(floats)) {}
-Shared::~Shared() { release(data_); }
 
 }  // namespace mindpeft
 

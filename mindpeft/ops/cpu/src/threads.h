@@ -26,22 +26,6 @@ void in_parallel(int64_t count, int64_t least, const Part& part) {
   run_tasks(pieces, [&](int64_t i) { part(count * i / pieces, count * (i + 1) / pieces); });
 }
 
-// Memory of this thread that is kept from call to call; `slot` tells buffers that are in use together apart.
-float* scratch(int slot, int64_t floats);
-
-// The same, for one that all threads of a kernel work on; it is given back when the kernel ends.
-class Shared {
- public:
-  explicit Shared(int64_t floats);
-  ~Shared();
-  Shared(const Shared&) = delete;
-  Shared& operator=(const Shared&) = delete;
-  float* data() const { return data_; }
-
- private:
-  float* data_;
-};
-
 }  // namespace mindpeft
 
 // Lets that many threads work at once, from the first kernel on.
