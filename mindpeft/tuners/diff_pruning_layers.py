@@ -11,6 +11,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from mindpeft.ops.activations import activation
 from mindpeft.ops.columns import every_row
 from mindpeft.ops.random import standard_normal
 from mindpeft.parameters import CLASSIC_NAMES
@@ -74,7 +75,7 @@ class DiffLayer(TunerLayer):
 
     def __init__(self, base_layer: nn.Cell, path: str, shapes: Shapes, *slot: Any) -> None:
         super().__init__(base_layer, path, dense_shapes(original(base_layer)), *slot)
-        self.noise = LogisticNoise()
+        self.noise, self.sigmoid = LogisticNoise(), activation("sigmoid")
         self.temperature, self.gamma, self.zeta = 1.0, -1.5, 1.5
         self.biased = "diff_bias" in self.slot_shapes
 
@@ -166,7 +167,7 @@ class DiffLayer(TunerLayer):
     def gate(self, alpha: Tensor) -> Tensor:
         """Gates of the shape of their alphas, with noise in training."""
         logits = alpha + self.noise(alpha.shape) if self.training else alpha
-        opened = ops.sigmoid(logits * (1.0 / self.temperature))
+        opened = self.sigmoid(logits * (1.0 / self.temperature))
         return ops.clamp(opened * (self.zeta - self.gamma) + self.gamma, 0.0, 1.0)
 
     def weight_difference(self) -> Tensor:

@@ -13,6 +13,8 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "tanh_gelu",
     "silu": "silu",
     "swish": "silu",
+    "quick_gelu": "quick_gelu",
+    "sigmoid": "sigmoid",
 }
 
 

@@ -135,7 +135,13 @@ def scale_columns(x, factors):
     return x * factors
 
 
-ACTIVATIONS = {"gelu": F.gelu, "tanh_gelu": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "tanh_gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "sigmoid": torch.sigmoid,
+}
 
 
 def gate(function):

@@ -14,6 +14,7 @@ TYPES = {"float32": b"float32", "int32": b"int32", "uint16": b"bfloat16", "int8"
 GUARD = 17  # numbers around an output; odd, so that no output begins where a vector would
 # What an output holds before the call, in 32 bits or 16: NaNs that no kernel makes.
 UNTOUCHED, UNTOUCHED_HALF = 0x7FC0BEEF, 0x7FAB
+ACTIVATIONS = ("gelu", "tanh_gelu", "silu", "quick_gelu", "sigmoid")  # the kernels' names
 SILENCE = np.array([0, 1, 0, 0], np.float32)  # noise for no dropout
 Shape = tuple[int, ...]
 
@@ -380,7 +381,7 @@ FAMILIES = {
     **{family.__name__: family for family in (int8_linear, int8_linear_bias)},
     "described_attention": masked_attention,
     **{family.__name__: family for family in (lora_with_dropout, attention_with_dropout)},
-    **{name: activation(name) for name in ("gelu", "tanh_gelu", "silu")},
-    **{f"{name}_gate": gate(name) for name in ("gelu", "tanh_gelu", "silu")},
+    **{name: activation(name) for name in ACTIVATIONS},
+    **{f"{name}_gate": gate(name) for name in ACTIVATIONS},
     **{name: rotary(name) for name in ("split_and_turn", "split_and_turn_neighbours")},
 }

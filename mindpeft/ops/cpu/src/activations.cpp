@@ -1,4 +1,4 @@
-// GELU, and the gated units of feed-forward layers: act(gate) * up.
+// GELU, SiLU and the sigmoid, and the gated units of feed-forward layers: act(gate) * up.
 #include <type_traits>
 
 #include "elementwise.h"
@@ -35,6 +35,25 @@ struct Silu {
   static float slope(float x) {
     const float s = mindpeft::sigmoid(x);
     return s + x * s * (1.0f - s);
+  }
+};
+
+struct QuickGelu {
+  static float value(float x) { return x * mindpeft::sigmoid(kFactor * x); }
+  static float slope(float x) {
+    const float s = mindpeft::sigmoid(kFactor * x);
+    return s + kFactor * x * s * (1.0f - s);
+  }
+
+ private:
+  static constexpr float kFactor = 1.702f;
+};
+
+struct Sigmoid {
+  static float value(float x) { return mindpeft::sigmoid(x); }
+  static float slope(float x) {
+    const float s = mindpeft::sigmoid(x);
+    return s * (1.0f - s);
   }
 };
 
@@ -94,9 +113,17 @@ MINDPEFT_KERNEL(tanh_gelu) { activate<TanhGelu>(arguments); }
 MINDPEFT_KERNEL(tanh_gelu_grad) { activate_grad<TanhGelu>(arguments); }
 MINDPEFT_KERNEL(silu) { activate<Silu>(arguments); }
 MINDPEFT_KERNEL(silu_grad) { activate_grad<Silu>(arguments); }
+MINDPEFT_KERNEL(quick_gelu) { activate<QuickGelu>(arguments); }
+MINDPEFT_KERNEL(quick_gelu_grad) { activate_grad<QuickGelu>(arguments); }
+MINDPEFT_KERNEL(sigmoid) { activate<Sigmoid>(arguments); }
+MINDPEFT_KERNEL(sigmoid_grad) { activate_grad<Sigmoid>(arguments); }
 MINDPEFT_KERNEL(gelu_gate) { gate<ExactGelu>(arguments); }
 MINDPEFT_KERNEL(gelu_gate_grad) { gate_grad<ExactGelu>(arguments); }
 MINDPEFT_KERNEL(tanh_gelu_gate) { gate<TanhGelu>(arguments); }
 MINDPEFT_KERNEL(tanh_gelu_gate_grad) { gate_grad<TanhGelu>(arguments); }
 MINDPEFT_KERNEL(silu_gate) { gate<Silu>(arguments); }
 MINDPEFT_KERNEL(silu_gate_grad) { gate_grad<Silu>(arguments); }
+MINDPEFT_KERNEL(quick_gelu_gate) { gate<QuickGelu>(arguments); }
+MINDPEFT_KERNEL(quick_gelu_gate_grad) { gate_grad<QuickGelu>(arguments); }
+MINDPEFT_KERNEL(sigmoid_gate) { gate<Sigmoid>(arguments); }
+MINDPEFT_KERNEL(sigmoid_gate_grad) { gate_grad<Sigmoid>(arguments); }
