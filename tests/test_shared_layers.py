@@ -13,7 +13,7 @@ from mindpeft import LoraConfig, get_peft_model
 from mindpeft.compiling import CompiledCell
 from mindpeft.models import AutoModelForCausalLM
 from mindpeft.nn import Linear
-from mindpeft.ops.dropout import seed_dropout
+from mindpeft.ops.dropout import dropout, seed_dropout
 from mindpeft.shared_layers import SWITCH, SharedLayers
 from mindpeft.structure import structure
 from mindpeft.train.optim import AdamW
@@ -51,6 +51,22 @@ class Stack(CompiledCell):
         for layer in self.layers:
             x = layer(x)
         return x
+
+
+class Differentiated(CompiledCell):
+    """What a cell gives, and the gradient of its sum."""
+
+    def __init__(self, cell: nn.Cell):
+        super().__init__()
+        self.cell = cell
+
+    def construct(self, x):
+        def total(x):
+            out = self.cell(x)
+            return out.sum(), out
+
+        (_, out), gradient = ms.value_and_grad(total, has_aux=True)(x)
+        return out, gradient
 
 
 def scaled(by: float) -> Callable:
@@ -145,11 +161,14 @@ def test_a_failed_compilation_leaves_no_mark():
     assert not any(hasattr(layer, "cell_init_args") for layer in stack.layers)
 
 
-def losses(folder, monkeypatch, switch: str, target: str | list[str]) -> list[float]:
+def losses(folder, monkeypatch, switch: str, target: str | list[str], share: float = 0.0) -> list[float]:
     monkeypatch.setenv(SWITCH, switch)
     ms.set_seed(3)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    model = get_peft_model(model, LoraConfig(target_modules=target, r=4, init_lora_weights=False))
+    dropout = {"attention_dropout": share} if share else {}  # GPT-2 has another name for it
+    model = AutoModelForCausalLM.from_pretrained(folder, **dropout)
+    config = LoraConfig(target_modules=target, r=4, init_lora_weights=False, lora_dropout=share)
+    model = get_peft_model(model, config)
+    seed_dropout(model, 5)
     optimizer = AdamW(model)
     texts = make_texts()
     columns = {**texts, "labels": labels_of(texts)}
@@ -177,12 +196,33 @@ def test_training_is_the_same_bit_for_bit(name, target, tmp_path, monkeypatch):
     assert losses(tmp_path, monkeypatch, "1", target) == losses(tmp_path, monkeypatch, "0", target)
 
 
-@pytest.mark.parametrize(("share", "kinds"), [(0.0, 1), (0.1, 3)])
-def test_layers_with_dropout_draw_numbers_of_their_own(share, kinds, tmp_path):
+@pytest.mark.parametrize("kernels", ["1", "0"])
+def test_training_with_dropout_is_the_same_bit_for_bit(kernels, tmp_path, monkeypatch):
+    monkeypatch.setattr("mindpeft.ops.dropout.kernels_on", lambda: kernels == "1")
+    make_decoder("llama", tmp_path, num_hidden_layers=4)
+    found = losses(tmp_path, monkeypatch, "1", "all-linear", share=0.2)
+    assert found == losses(tmp_path, monkeypatch, "0", "all-linear", share=0.2)
+    assert found != losses(tmp_path, monkeypatch, "1", "all-linear")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_layers_with_dropout_are_equal(share, tmp_path):
     make_decoder("llama", tmp_path, num_hidden_layers=3)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attention_dropout=share)
     seed_dropout(model, 5)
-    assert len({structure(layer) for layer in model.model.layers}) == kinds
+    assert len({structure(layer) for layer in model.model.layers}) == 1
+
+
+def test_layers_with_dropout_draw_numbers_of_their_own():
+    """Of four layers in one graph each keeps other numbers, and the gradient is that of the same ones."""
+    layers = Stack(*(dropout(0.2) for _ in range(4))).set_train()
+    assert len({structure(layer) for layer in layers.layers}) == 1
+    kept = Differentiated(layers)
+    x = Tensor(np.ones((256, 256)), ms.float32)
+    for _ in range(2):
+        out, gradient = (value.asnumpy() for value in kept(x))
+        assert (out > 0).mean() == pytest.approx(0.8**4, abs=0.02)
+        np.testing.assert_array_equal(out, gradient)
 
 
 def test_parameters_alone_differ_between_equal_layers_with_adapters(tmp_path):

@@ -12,14 +12,14 @@ from mindspore import Tensor, ops
 from mindpeft.ops.cpu import kernels_on
 from mindpeft.ops.cpu.dropout import DropoutKernel, Noise
 from mindpeft.ops.device import on_cpu
-from mindpeft.ops.random import standard_normal
+from mindpeft.ops.random import SaltedCell
 
 _SEED_ATTRIBUTES = (("Seed0", "Seed1"), ("seed", "seed2"))  # of ops.Dropout and of ops.StandardNormal
 _WIDEST = 256  # elements of a block
 _UNIFORM = Tensor(np.random.default_rng(0).random(4096 * _WIDEST, np.float32))
 
 
-class CpuDropout(nn.Cell):
+class CpuDropout(SaltedCell):
     """Dropout (Srivastava et al., 2014) for the CPU: one seed gives the same masks in every run.
 
     The built-in operator there does not repeat itself: its masks differ between runs of one seed from about
@@ -28,10 +28,9 @@ class CpuDropout(nn.Cell):
     """
 
     def __init__(self, p: float):
-        super().__init__()
+        super().__init__(random=p > 0.0)
         self.p = p
         self.scale = 1.0 / (1.0 - p)
-        self.normal = standard_normal() if p > 0.0 else None  # seeded apart, it tells equal layers apart
 
     def construct(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0.0:
@@ -39,6 +38,8 @@ class CpuDropout(nn.Cell):
         width = math.gcd(x.size, _WIDEST)
         table = _UNIFORM.reshape((-1, width))
         chance = (ops.erf(self.normal((x.size // width,)) * math.sqrt(0.5)) + 1.0) * 0.5  # uniform in [0, 1]
+        chance = chance + self.salt[0]
+        chance = chance - ops.floor(chance)
         rows = ops.minimum((chance * table.shape[0]).astype(ms.int32), table.shape[0] - 1)
         kept = (ops.gather(table, rows, 0).reshape(x.shape) >= self.p).astype(x.dtype)
         return x * (kept * self.scale)
@@ -79,6 +80,11 @@ def seed_dropout(model: nn.Cell, seed: int) -> None:
     """
     number = 0
     for _, cell in model.cells_and_names():
+        if isinstance(cell, SaltedCell):
+            if cell.normal is not None:
+                number += 1
+                cell.reseed(seed, number)
+            continue
         for operator in vars(cell).get("_primitives", {}).values():
             for first, second in _SEED_ATTRIBUTES:
                 if operator is not None and first in operator.attrs and second in operator.attrs:
