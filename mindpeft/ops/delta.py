@@ -38,7 +38,7 @@ class SparseDeltaProduct(nn.Cell):
     def construct(
         self, x: Tensor, weight: Tensor, values: Tensor, places: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        """values (n,); places (2, n): their rows and columns, of int32, each place once."""
+        """values (n,); places (2, n): their rows and columns, of int32; numbers at one place add up."""
         if self.kernel is None:
             return linear(x, weight + dense(values, places, weight.shape), bias)
         if bias is None:
@@ -47,7 +47,7 @@ class SparseDeltaProduct(nn.Cell):
 
 
 def dense(values: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The matrix of that shape with some numbers at rows and columns (2, n), and zeros elsewhere."""
+    """The matrix of that shape with some numbers at rows and columns (2, n), where they add up."""
     flat = ops.zeros((shape[0] * shape[1],), values.dtype)
-    flat = ops.tensor_scatter_elements(flat, places[0] * shape[1] + places[1], values)
+    flat = ops.tensor_scatter_elements(flat, places[0] * shape[1] + places[1], values, reduction="add")
     return flat.reshape(shape)

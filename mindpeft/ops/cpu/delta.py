@@ -60,7 +60,7 @@ class DeltaKernel(Kernel):
 
 
 class SparseDeltaKernel(Kernel):
-    """The same with a sparse delta: numbers (n,), and rows and columns (2, n) of int32, each place once.
+    """The same with a sparse delta: numbers (n,) that are added at rows and columns (2, n) of int32.
 
     Args:
         bias: the last input is a bias (out,), which is added.
