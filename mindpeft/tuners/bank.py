@@ -145,7 +145,9 @@ class AdapterBank:
         taken = taken_out(self.base, [adapter])
         self._split |= taken.keys()
         for key in (*adapter.overrides, *taken):
-            self.own.setdefault(key, self.base.places[key].read())
+            own = self.own.setdefault(key, self.base.places[key].read())
+            if np.array_equal(adapter.overrides.get(key), own):
+                adapter.overrides[key] = own  # a fresh one begins as the base model: one copy for both
 
     def _made(
         self, plans: list[Plan], tensors: list[Tensors | None], trainable: bool, earlier: list[Part] = ()

@@ -21,6 +21,7 @@ from mindpeft.config import PeftType, register_method
 from mindpeft.errors import InputError
 from mindpeft.targets import LORA_TARGETS
 from mindpeft.tuners.base import Shapes, Site, Tensors, TunerLayer, check_linear, linear_features
+from mindpeft.tuners.delta import DeltaLayer
 from mindpeft.tuners.targeted import TargetedConfig, check_choice, check_count
 
 _INITIAL = ("gaussian", "kaiming_uniform", "xavier_uniform")
@@ -86,7 +87,7 @@ class C3AConfig(TargetedConfig):
         return C3ALinear
 
 
-class C3ALinear(TunerLayer):
+class C3ALinear(DeltaLayer):
     """w (out / b, in / b, b)."""
 
     def __init__(self, base_layer: nn.Cell, *slot: Any) -> None:
@@ -125,11 +126,9 @@ class C3ALinear(TunerLayer):
         return {"weight": weights["weight"] + delta}
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
-        result = self.base_layer(x)
         kernel = self.c3a_kernel * (self.scaling * (1.0 / self.shape[1]))
         delta = ops.gather(kernel.reshape((-1,)), self.places, 0).reshape(self.shape)
-        update = self.linear(ops.cast(x, self.slot_dtype), delta)
-        return ops.cast(ops.cast(result, self.slot_dtype) + update, result.dtype)
+        return self.with_delta(x, delta)
 
 
 def circulant(kernel: np.ndarray) -> np.ndarray:

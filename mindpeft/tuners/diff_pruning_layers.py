@@ -16,6 +16,7 @@ from mindpeft.ops.columns import every_row
 from mindpeft.ops.random import standard_normal
 from mindpeft.parameters import CLASSIC_NAMES
 from mindpeft.tuners.base import Shapes, Site, Tensors, TunerLayer, is_transposed, original
+from mindpeft.tuners.delta import DeltaLayer
 from mindpeft.tuners.diff_pruning_sparse import check_indices, is_sparse
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ class DiffLayer(TunerLayer):
         return ops.cast(ops.cast(result, self.slot_dtype) + update, result.dtype)
 
 
-class DiffLinear(DiffLayer):
+class DiffLinear(DiffLayer, DeltaLayer):
     """A linear cell."""
 
     def __init__(self, base_layer: nn.Cell, *slot: Any) -> None:
@@ -193,13 +194,20 @@ class DiffLinear(DiffLayer):
         self.transposed = is_transposed(original(base_layer))
 
     def construct(self, x: Tensor) -> Tensor:
-        result = self.base_layer(x)
-        rows = ops.reshape(ops.cast(x, self.slot_dtype), (-1, x.shape[-1]))
+        result = self.weighted(x)
+        if not self.biased:
+            return result
+        rows = ops.reshape(ops.cast(result, self.slot_dtype), (-1, result.shape[-1]))
+        rows = ops.bias_add(rows, self.bias_difference())
+        return ops.cast(ops.reshape(rows, result.shape), result.dtype)
+
+    def weighted(self, x: Tensor) -> Tensor:
+        """The cell's result with the changed weight; runs inside a graph."""
         difference = self.weight_difference()
-        update = ops.matmul(rows, difference) if self.transposed else self.linear(rows, difference)
-        if self.biased:
-            update = ops.bias_add(update, self.bias_difference())
-        return self.added(result, ops.reshape(update, result.shape))
+        if not self.transposed:
+            return self.with_delta(x, difference)
+        rows = ops.reshape(ops.cast(x, self.slot_dtype), (-1, x.shape[-1]))
+        return self.beside(x, ops.reshape(ops.matmul(rows, difference), (*x.shape[:-1], difference.shape[1])))
 
 
 class DiffEmbedding(DiffLayer):

@@ -28,6 +28,7 @@ from mindpeft.tuners.base import (
     linear_features,
     original,
 )
+from mindpeft.tuners.delta import DeltaLayer
 from mindpeft.tuners.targeted import TargetedConfig, check_count, check_number
 
 MOST_PLACES = (2**32 - 1) // 20  # from there on torch draws larger numbers
@@ -133,7 +134,7 @@ class SparseToWeight(nn.Cell):
         return ops.cast(ops.gather(back, places, 0), values.dtype), ops.zeros_like(places)
 
 
-class FourierFTLinear(TunerLayer):
+class FourierFTLinear(DeltaLayer):
     """The trained numbers (n_frequency)."""
 
     def __init__(self, base_layer: nn.Cell, *slot: Any) -> None:
@@ -179,7 +180,4 @@ class FourierFTLinear(TunerLayer):
         return False
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
-        result = self.base_layer(x)
-        delta = self.to_weight(self.fourierft_spectrum * self.scaling, self.places)
-        update = self.linear(ops.cast(x, self.slot_dtype), delta)
-        return ops.cast(ops.cast(result, self.slot_dtype) + update, result.dtype)
+        return self.with_delta(x, self.to_weight(self.fourierft_spectrum * self.scaling, self.places))

@@ -32,8 +32,9 @@ _MOST_LAYERS = 10_000  # indices are kept one by one
 class FullConfig(SelectionConfig):
     """Full fine-tuning: every parameter is trained, or those that are named.
 
-    Memory: the host holds two more copies of what is trained (the adapter's values and the base model's own),
-    and the optimizer two more numbers for each; meant for small models, or for parts.
+    Memory: the host holds another copy of what is trained, the base model's own values, and from the first
+    time that the adapter is saved or another one is active a third; the optimizer has two more numbers for
+    each. Meant for small models, or for parts.
 
     Attributes:
         target_modules: only these cells (with all inside them) or parameters: names or dotted suffixes, a

@@ -67,12 +67,18 @@ class LoHaLayer(LycorisLayer):
 class LoHaLinear(LoHaLayer):
     """LoHa on a linear cell."""
 
+    def is_whole(self) -> bool:
+        (n_out, rank), n_in = self.hada_w1_a.shape, self.hada_w1_b.shape[1]
+        return rank * rank * (n_in + n_out) >= n_in * n_out
+
+    def whole_delta(self, factor: ms.Tensor) -> ms.Tensor:
+        return _matmul(self.hada_w1_a, self.hada_w1_b * factor) * _matmul(self.hada_w2_a, self.hada_w2_b)
+
     def product(self, x: ms.Tensor, factor: ms.Tensor) -> ms.Tensor:
+        if self.is_whole():
+            return self.linear(x, self.whole_delta(factor))
         tall, wide = (self.hada_w1_a, self.hada_w2_a), (self.hada_w1_b, self.hada_w2_b)
         (n_out, rank), n_in = tall[0].shape, x.shape[-1]
-        if rank * rank * (n_in + n_out) >= n_in * n_out:
-            delta = _matmul(tall[0], wide[0] * factor) * _matmul(tall[1], wide[1])
-            return self.linear(x, delta)
         # The same as a product of two thin matrices, whose r^2 columns and rows are element-wise products of
         # one column (row) of each factor: D itself, as large as W, is never made.
         rows = _tile(wide[0].reshape((rank, 1, n_in)), (1, rank, 1)) * _tile(

@@ -18,6 +18,7 @@ from mindspore import nn, ops
 
 from mindpeft.config import PeftType, register_method
 from mindpeft.errors import InputError
+from mindpeft.ops.kron import KronProduct
 from mindpeft.tuners.base import Shapes, Site, Tensors, TunerLayer, kaiming_uniform
 from mindpeft.tuners.lycoris import LycorisConfig, LycorisConvolution, LycorisLayer, is_convolution, rebuilt
 from mindpeft.tuners.targeted import check_choice
@@ -25,7 +26,6 @@ from mindpeft.tuners.targeted import check_choice
 logger = logging.getLogger(__name__)
 
 _matmul = ops.MatMul()
-_batch_matmul = ops.BatchMatMul()
 _tile = ops.Tile()
 
 
@@ -152,6 +152,10 @@ class LoKrLayer(LycorisLayer):
 class LoKrLinear(LoKrLayer):
     """LoKr on a linear cell."""
 
+    def __init__(self, base_layer: nn.Cell, *slot: Any) -> None:
+        super().__init__(base_layer, *slot)
+        self.kron_product = KronProduct()
+
     @classmethod
     def holds(cls, room: Shapes, shapes: Shapes) -> bool:
         # A higher rank is only zeros more, but another split of the dimensions puts values elsewhere.
@@ -164,25 +168,21 @@ class LoKrLinear(LoKrLayer):
             for name in cls.SIDES
         ]
 
-    def right_product(self, rows: ms.Tensor) -> ms.Tensor:
-        """C2 times each of the rows (rows, n)."""
-        if "lokr_w2" not in self.names:
-            return self.linear(self.linear(rows, self.lokr_w2_b), self.lokr_w2_a)
-        if "lokr_w2_a" not in self.names:
-            return self.linear(rows, self.lokr_w2)
-        return self.linear(rows, self.lokr_w2) + self.linear(
-            self.linear(rows, self.lokr_w2_b), self.lokr_w2_a
-        )
-
     def product(self, x: ms.Tensor, factor: ms.Tensor) -> ms.Tensor:
         # kron(C1, C2) x = C1 X C2^T for x laid out as X (m, n): the product, as large as W, is never made.
         left = self.left() * factor
-        p, m = left.shape
-        tokens = x.size // x.shape[-1]
-        right = self.right_product(x.reshape((tokens * m, x.shape[-1] // m)))
-        right = right.reshape((tokens, m, right.shape[-1]))
-        update = _batch_matmul(_tile(left.reshape((1, p, m)), (tokens, 1, 1)), right)
-        return update.reshape((*x.shape[:-1], p * update.shape[-1]))
+        if "lokr_w2" in self.names:
+            return self.kron_product(x, left, self.right())
+        # kron(C1, A B) x = kron(C1, A) x' for X' = X B^T
+        tokens, m = x.size // x.shape[-1], left.shape[1]
+        hidden = self.linear(x.reshape((tokens * m, x.shape[-1] // m)), self.lokr_w2_b)
+        return self.kron_product(hidden.reshape((*x.shape[:-1], m * hidden.shape[1])), left, self.lokr_w2_a)
+
+    def right(self) -> ms.Tensor:
+        """C2, in a slot that has room for it as a whole."""
+        if "lokr_w2_a" not in self.names:
+            return self.lokr_w2
+        return self.lokr_w2 + _matmul(self.lokr_w2_a, self.lokr_w2_b)
 
 
 class LoKrConvolution(LycorisConvolution, LoKrLayer):

@@ -12,7 +12,8 @@ from mindspore import nn, ops
 
 from mindpeft.ops.random import standard_normal
 from mindpeft.targets import pattern_value
-from mindpeft.tuners.base import Shapes, Site, Tensors, TunerLayer, check_linear, original, refuse_cell
+from mindpeft.tuners.base import Shapes, Site, Tensors, check_linear, original, refuse_cell
+from mindpeft.tuners.delta import DeltaLayer
 from mindpeft.tuners.targeted import TargetedConfig, check_count, check_number, check_rate
 
 
@@ -90,7 +91,7 @@ class Kept(nn.Cell):
         return (chance >= self.p).astype(ms.float32)
 
 
-class LycorisLayer(TunerLayer):
+class LycorisLayer(DeltaLayer):
     """A layer with a delta: y = W x + s D x."""
 
     FEATURES: ClassVar[int] = -1  # the axis of the output that a row of the delta makes
@@ -132,22 +133,32 @@ class LycorisLayer(TunerLayer):
         """D x times ``factor``, for x in the slot's dtype; runs inside a graph."""
         raise NotImplementedError
 
+    def is_whole(self) -> bool:
+        """Whether a linear cell's product is one with the whole of D; a constant of the graph."""
+        return False
+
+    def whole_delta(self, factor: ms.Tensor) -> ms.Tensor:
+        """D (out, in) times ``factor``; runs inside a graph."""
+        raise NotImplementedError
+
     def scale_rows(self, update: ms.Tensor, factors: ms.Tensor) -> ms.Tensor:
         """The update with each row of the delta multiplied by its factor; runs inside a graph."""
         return self.scale_columns(update, factors)
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
-        result = self.base_layer(x)
         factor = self.scaling
         if self.training and self.kept_layer.p > 0:
             factor = factor * ops.cast(self.kept_layer(1), self.slot_dtype)
+        drops_rows = self.training and self.kept_rows.p > 0
+        if self.is_whole() and not drops_rows:
+            return self.with_delta(x, self.whole_delta(factor))
         update = self.product(ops.cast(x, self.slot_dtype), factor)
-        if self.training and self.kept_rows.p > 0:
+        if drops_rows:
             rows = self.kept_rows(update.shape[self.FEATURES])
             if self.scales_rows:
                 rows = rows * ops.reciprocal(ops.maximum(rows.mean(), 1e-6))
             update = self.scale_rows(update, ops.cast(rows, self.slot_dtype))
-        return ops.cast(ops.cast(result, self.slot_dtype) + update, result.dtype)
+        return self.beside(x, update)
 
 
 class LycorisConvolution(LycorisLayer):

@@ -29,6 +29,7 @@ from mindpeft.tuners.base import (
     original,
     weight_matrix,
 )
+from mindpeft.tuners.delta import DeltaLayer
 from mindpeft.tuners.targeted import TargetedConfig, check_choice, check_count, check_rate
 
 
@@ -92,16 +93,8 @@ class MissConfig(TargetedConfig):
         return MissLinear
 
 
-class MissLayer(TunerLayer):
-    """What the variants share: one tensor, ``miss_block``, and the sums."""
-
-    def __init__(self, base_layer: nn.Cell, *slot: Any) -> None:
-        super().__init__(base_layer, *slot)
-        n_in, self.n_out = linear_features(original(base_layer))
-        shape = self.slot_shapes["miss_block"]
-        rank = shape[-1] if len(shape) == 3 else shape[0]
-        # The sums are a product with a matrix of zeros and ones: no padding, no broadcasts in the gradient.
-        self.shards = ms.Tensor(np.arange(n_in) % rank == np.arange(rank)[:, None], self.slot_dtype)
+class MissLayer(DeltaLayer):
+    """What the variants share: one tensor, ``miss_block``."""
 
     @classmethod
     def initial_tensors(cls, site: Site) -> Tensors:
@@ -124,21 +117,16 @@ class MissLayer(TunerLayer):
         weight = weight_matrix(site.cell)
         return {"weight": weights["weight"] + cls.delta_of(weight, tensors["miss_block"])}
 
-    def update(self, x: ms.Tensor) -> ms.Tensor:
-        """The delta times x, for x in the slot's dtype; runs inside a graph."""
-        raise NotImplementedError
-
-    def construct(self, x: ms.Tensor) -> ms.Tensor:
-        result = self.base_layer(x)
-        update = self.update(ops.cast(x, self.slot_dtype))
-        return ops.cast(ops.cast(result, self.slot_dtype) + update, result.dtype)
-
 
 class MissLinear(MissLayer):
     """D (r, out), or (r, mini_r) to be repeated."""
 
     def __init__(self, base_layer: nn.Cell, *slot: Any) -> None:
         super().__init__(base_layer, *slot)
+        n_in, self.n_out = linear_features(original(base_layer))
+        rank = self.slot_shapes["miss_block"][0]
+        # The sums are a product with a matrix of zeros and ones: no padding, no broadcasts in the gradient.
+        self.shards = ms.Tensor(np.arange(n_in) % rank == np.arange(rank)[:, None], self.slot_dtype)
         self.dropout = dropout(0.0)
         self.product, self.tile = ops.MatMul(), ops.Tile()
 
@@ -159,10 +147,11 @@ class MissLinear(MissLayer):
             self.dropout = dropout(config.miss_dropout).set_train(self.training)
         return changed
 
-    def update(self, x: ms.Tensor) -> ms.Tensor:
-        sums = self.linear(self.dropout(x), self.shards) * self.scaling
+    def construct(self, x: ms.Tensor) -> ms.Tensor:
+        sums = self.linear(self.dropout(ops.cast(x, self.slot_dtype)), self.shards) * self.scaling
         narrow = self.product(sums.reshape((-1, sums.shape[-1])), self.miss_block)
-        return self.tile(narrow, (1, self.n_out // narrow.shape[1])).reshape((*x.shape[:-1], self.n_out))
+        update = self.tile(narrow, (1, self.n_out // narrow.shape[1]))
+        return self.beside(x, update.reshape((*x.shape[:-1], self.n_out)))
 
 
 class MissBatLinear(MissLayer):
@@ -171,7 +160,7 @@ class MissBatLinear(MissLayer):
     def __init__(self, base_layer: nn.Cell, *slot: Any) -> None:
         super().__init__(base_layer, *slot)
         self.cell = original(base_layer)
-        self.product = ops.BatchMatMul()
+        self.product, self.tile = ops.BatchMatMul(), ops.Tile()
 
     @classmethod
     def tensor_shapes(cls, site: Site) -> Shapes:
@@ -184,12 +173,11 @@ class MissBatLinear(MissLayer):
         shards = weight.reshape(len(block), -1, rank) @ block
         return shards.reshape(weight.shape) + np.tile(block.reshape(-1, rank), (1, weight.shape[1] // rank))
 
-    def update(self, x: ms.Tensor) -> ms.Tensor:
+    def construct(self, x: ms.Tensor) -> ms.Tensor:
         blocks, rank, _ = self.miss_block.shape
         block = self.miss_block * self.scaling
         weight = float_weight(self.cell, self.slot_dtype)
         # r rows of W are, as they lie in memory, the rows of all its shards (of r columns) in these r rows.
         shards = self.product(weight.reshape((blocks, -1, rank)), block).reshape(weight.shape)
-        return self.linear(x, shards) + self.linear(
-            self.linear(x, self.shards), block.reshape((blocks * rank, rank))
-        )
+        repeated = self.tile(block.reshape((blocks * rank, rank)), (1, weight.shape[1] // rank))
+        return self.with_delta(x, shards + repeated)

@@ -31,6 +31,7 @@ from mindpeft.tuners.base import (
     linear_features,
     original,
 )
+from mindpeft.tuners.delta import ThinLayer
 from mindpeft.tuners.plan import BaseModel
 from mindpeft.tuners.targeted import TargetedConfig, check_count, check_number, check_rate
 
@@ -145,15 +146,16 @@ class RandLoraBases(SharedSlot):
         return room == shapes  # spare ranks would shift the columns that meet in the product
 
 
-class RandLoraLinear(TunerLayer):
+class RandLoraLinear(ThinLayer):
     """L (r, n) and G (n, m) of a linear cell."""
 
     def __init__(self, base_layer: nn.Cell, *slot: Any) -> None:
         super().__init__(base_layer, *slot)
         self.dropout = dropout(0.0)
-        n_in, n_out = linear_features(original(base_layer))
-        self.narrow_input = n_in <= n_out
-        self.most = max(n_in, n_out)
+        n_in, self.n_out = linear_features(original(base_layer))
+        self.narrow_input = n_in <= self.n_out
+        self.most = max(n_in, self.n_out)
+        self.matmul, self.turned_matmul = ops.MatMul(), ops.MatMul(transpose_a=True, transpose_b=True)
 
     @classmethod
     def tensor_shapes(cls, site: Site) -> Shapes:
@@ -210,15 +212,19 @@ class RandLoraLinear(TunerLayer):
         return (factors * ops.tile(basis, (1, count, 1))).reshape((r * count, least))
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
-        result = self.base_layer(x)
         first = self.narrow()
         count = self.randlora_gamma.shape[0]
         second = ops.cast(self.shared.randlora_B, self.slot_dtype)[: self.most, :count]
         second = second.reshape((self.most, first.shape[0]))
+        drops = self.training and self.dropout.p > 0
+        if not drops and self.pays(x, first.shape[0], self.n_out):
+            return self.with_delta(x, self.delta(first, second))
         hidden = self.dropout(ops.cast(x, self.slot_dtype))
         if self.narrow_input:
-            update = self.linear(self.linear(hidden, first), second)
-        else:
-            rows = ops.matmul(ops.matmul(hidden.reshape((-1, self.most)), second), first)
-            update = rows.reshape(result.shape)
-        return ops.cast(ops.cast(result, self.slot_dtype) + update, result.dtype)
+            return self.beside(x, self.linear(self.linear(hidden, first), second))
+        rows = ops.matmul(ops.matmul(hidden.reshape((-1, self.most)), second), first)
+        return self.beside(x, rows.reshape((*x.shape[:-1], self.n_out)))
+
+    def delta(self, first: ms.Tensor, second: ms.Tensor) -> ms.Tensor:
+        """D (out, in); runs inside a graph."""
+        return self.matmul(second, first) if self.narrow_input else self.turned_matmul(first, second)

@@ -11,12 +11,14 @@ from typing import Any, ClassVar
 
 import mindspore as ms
 import numpy as np
-from mindspore import nn, ops
+from mindspore import nn
 
 from mindpeft.config import PeftType, register_method
 from mindpeft.errors import InputError
+from mindpeft.ops.delta import SparseDeltaProduct, dense
 from mindpeft.targets import LORA_TARGETS
 from mindpeft.tuners.base import Shapes, Site, Tensors, TunerLayer, check_linear, linear_features, original
+from mindpeft.tuners.delta import DeltaLayer
 from mindpeft.tuners.fourierft import MOST_PLACES, places_of
 from mindpeft.tuners.targeted import TargetedConfig, check_count
 
@@ -77,7 +79,7 @@ class ShiraConfig(TargetedConfig):
         return ShiraLinear
 
 
-class ShiraLinear(TunerLayer):
+class ShiraLinear(DeltaLayer):
     """The trained numbers (n), and their rows and columns (2, n)."""
 
     BUFFERS = frozenset({PLACES})
@@ -86,6 +88,7 @@ class ShiraLinear(TunerLayer):
         super().__init__(base_layer, *slot)
         n_in, n_out = linear_features(original(base_layer))
         self.shape = (n_out, n_in)
+        self.delta_product = SparseDeltaProduct()
 
     def _create(self, name: str, value: np.ndarray, trainable: bool) -> None:
         super()._create(name, value, trainable)
@@ -138,9 +141,7 @@ class ShiraLinear(TunerLayer):
         return {"weight": weight}
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
-        result = self.base_layer(x)
-        places = self.shira_indices[0] * self.shape[1] + self.shira_indices[1]
-        delta = ops.zeros((self.shape[0] * self.shape[1],), self.slot_dtype)
-        delta = ops.tensor_scatter_elements(delta, places, self.shira_weight * self.scaling)
-        update = self.linear(ops.cast(x, self.slot_dtype), delta.reshape(self.shape))
-        return ops.cast(ops.cast(result, self.slot_dtype) + update, result.dtype)
+        values, places, base = self.shira_weight * self.scaling, self.shira_indices, self.base_layer
+        if self.is_summed(x):
+            return self.delta_product(x, base.weight, values, places, base.bias)
+        return self.with_delta(x, dense(values, places, self.shape))

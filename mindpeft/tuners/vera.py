@@ -29,6 +29,7 @@ from mindpeft.tuners.base import (
     is_transposed,
     linear_features,
 )
+from mindpeft.tuners.delta import ThinLayer
 from mindpeft.tuners.plan import BaseModel
 from mindpeft.tuners.targeted import TargetedConfig, check_count, check_number, check_rate
 
@@ -118,12 +119,13 @@ class VeraProjections(SharedSlot):
         }
 
 
-class VeraLinear(TunerLayer):
+class VeraLinear(ThinLayer):
     """The vectors d (r) and b (out) of a linear cell."""
 
     def __init__(self, base_layer: nn.Cell, *slot: Any) -> None:
         super().__init__(base_layer, *slot)
         self.dropout = dropout(0.0)
+        self.matmul = ops.MatMul()
 
     @classmethod
     def tensor_shapes(cls, site: Site) -> Shapes:
@@ -154,11 +156,13 @@ class VeraLinear(TunerLayer):
         return changed
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
-        result = self.base_layer(x)
+        n_out = self.vera_lambda_b.shape[0]
         first = ops.cast(self.shared.vera_A, self.slot_dtype)[:, : x.shape[-1]]
-        second = ops.cast(self.shared.vera_B, self.slot_dtype)[: result.shape[-1]]
+        second = ops.cast(self.shared.vera_B, self.slot_dtype)[:n_out]
+        d, b = self.vera_lambda_d * self.scaling, self.vera_lambda_b
+        drops = self.training and self.dropout.p > 0
+        if not drops and self.pays(x, first.shape[0], n_out):
+            rows = self.matmul(self.scale_columns(second, d), first)
+            return self.with_delta(x, rows * ops.tile(b.reshape((n_out, 1)), (1, x.shape[-1])))
         hidden = self.linear(self.dropout(ops.cast(x, self.slot_dtype)), first)
-        hidden = self.scale_columns(hidden, self.vera_lambda_d * self.scaling)
-        update = self.scale_columns(self.linear(hidden, second), self.vera_lambda_b)
-        total = ops.cast(result, self.slot_dtype) + update
-        return ops.cast(total, result.dtype)
+        return self.beside(x, self.scale_columns(self.linear(self.scale_columns(hidden, d), second), b))

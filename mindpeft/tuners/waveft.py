@@ -18,6 +18,7 @@ from mindspore import nn, ops
 
 from mindpeft.config import PeftType, register_method
 from mindpeft.errors import InputError
+from mindpeft.ops.delta import SparseDeltaProduct
 from mindpeft.parameters import assign
 from mindpeft.targets import LORA_TARGETS, pattern_value
 from mindpeft.tuners.base import (
@@ -30,6 +31,7 @@ from mindpeft.tuners.base import (
     linear_features,
     original,
 )
+from mindpeft.tuners.delta import DeltaLayer
 from mindpeft.tuners.fourierft import MOST_PLACES, places_of
 from mindpeft.tuners.targeted import TargetedConfig, check_choice, check_count, check_number
 
@@ -37,6 +39,7 @@ from mindpeft.tuners.targeted import TargetedConfig, check_choice, check_count, 
 # vanishing moments, those of the roots, by falling real part, one for each conjugate pair.
 _INVERTED = {2: "0", 3: "0", 4: "01", 5: "10", 6: "101", 7: "100", 8: "0101", 9: "0110", 10: "10101"}
 FAMILIES = (*(f"db{n}" for n in range(1, 11)), *(f"sym{n}" for n in _INVERTED))
+_SPARSE = 4  # so many times fewer entries than the weight has
 _NOT_IN_PEFT = {"rwkv", "btlm", "rwkv7"}
 
 
@@ -162,8 +165,45 @@ def coefficient_places(config: WaveFTConfig, n_out: int, n_in: int, count: int) 
     return (rows * width + columns).astype(np.int32)
 
 
-class WaveFTLinear(TunerLayer):
-    """The trained numbers (n_frequency)."""
+@lru_cache
+def support(family: str, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the columns of ``synthesis`` are not zero: rows and numbers, (coefficients, most in a column).
+
+    Those of the identity for the family "". Shorter columns have zeros at row 0 behind them.
+    """
+    if not family:
+        return np.arange(width)[:, None], np.ones((width, 1), np.float32)
+    matrix = synthesis(family, width)
+    columns, rows = np.nonzero(matrix.T)
+    counts = np.bincount(columns, minlength=matrix.shape[1])
+    ranks = np.arange(len(columns)) - np.repeat(np.cumsum(counts) - counts, counts)
+    shape = matrix.shape[1], counts.max()
+    found, numbers = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+    found[columns, ranks], numbers[columns, ranks] = rows, matrix[rows, columns]
+    return found, numbers
+
+
+def entries_of(family: str, n_out: int, n_in: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the coefficients at some flat places come to lie in the delta, and with which factors.
+
+    Returns:
+        rows and columns, (2, n entries), and factors, (n, entries).
+    """
+    sides = support(family, n_out), support(family, n_in)
+    chosen = np.divmod(places, len(sides[1][0]))
+    (rows, down), (columns, across) = (
+        [part[where] for part in side] for side, where in zip(sides, chosen, strict=True)
+    )
+    pairs = np.broadcast_arrays(rows[:, :, None], columns[:, None])
+    factors = down[:, :, None] * across[:, None]
+    return np.stack(pairs).reshape(2, -1).astype(np.int32), factors.reshape(len(places), -1)
+
+
+class WaveFTLinear(DeltaLayer):
+    """The trained numbers (n_frequency).
+
+    A wavelet is short, so few entries of the delta are not zero; only for the longest is the transform made.
+    """
 
     def __init__(self, base_layer: nn.Cell, *slot: Any) -> None:
         super().__init__(base_layer, *slot)
@@ -171,8 +211,8 @@ class WaveFTLinear(TunerLayer):
         (count,) = self.slot_shapes["waveft_spectrum"]
         places = ms.Tensor(np.arange(count), ms.int32)
         self.places = ms.Parameter(places, name=self._name("places"), requires_grad=False)
-        self.family, self.rows, self.columns = "", None, None
-        self.matmul = ops.MatMul()
+        self.family, self.rows, self.columns, self.is_sparse = "", None, None, False
+        self.matmul, self.tile, self.sparse_product = ops.MatMul(), ops.Tile(), SparseDeltaProduct()
 
     @classmethod
     def count(cls, site: Site) -> int:
@@ -219,12 +259,28 @@ class WaveFTLinear(TunerLayer):
 
     def configure(self, config: WaveFTConfig, trainable: bool) -> bool:
         count = self.slot_shapes["waveft_spectrum"][0]
-        assign(self.places, coefficient_places(config, self.n_out, self.n_in, count))
+        places = coefficient_places(config, self.n_out, self.n_in, count)
+        assign(self.places, places)
         family = config.wavelet_family if config.use_idwt else ""
         changed, self.family = family != self.family, family
         if changed and family:
             sides = (ms.Tensor(synthesis(family, n), self.slot_dtype) for n in (self.n_out, self.n_in))
             self.rows, self.columns = sides
+        return self.spread(*entries_of(family, self.n_out, self.n_in, places)) or changed
+
+    def spread(self, entries: np.ndarray, factors: np.ndarray) -> bool:
+        """Take over the delta's entries; return whether that changed the graph."""
+        is_sparse = factors.size * _SPARSE <= self.n_out * self.n_in
+        changed, self.is_sparse = is_sparse != self.is_sparse, is_sparse
+        if not is_sparse:
+            return changed
+        if getattr(self, "factors", None) is None or self.factors.shape != factors.shape:
+            entries, factors = ms.Tensor(entries), ms.Tensor(factors, self.slot_dtype)
+            self.entries = ms.Parameter(entries, name=self._name("entries"), requires_grad=False)
+            self.factors = ms.Parameter(factors, name=self._name("factors"), requires_grad=False)
+            return True
+        assign(self.entries, entries)
+        assign(self.factors, factors)
         return changed
 
     def delta(self) -> ms.Tensor:
@@ -240,6 +296,11 @@ class WaveFTLinear(TunerLayer):
         return self.linear(self.matmul(self.rows, sparse.reshape((height, width))), self.columns)
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
-        result = self.base_layer(x)
-        update = self.linear(ops.cast(x, self.slot_dtype), self.delta())
-        return ops.cast(ops.cast(result, self.slot_dtype) + update, result.dtype)
+        base = self.base_layer
+        if not self.is_sparse or not self.is_summed(x):
+            return self.with_delta(x, self.delta())
+        count, each = self.factors.shape
+        values = (
+            self.tile((self.waveft_spectrum * self.scaling).reshape((count, 1)), (1, each)) * self.factors
+        )
+        return self.sparse_product(x, base.weight, values.reshape((-1,)), self.entries, base.bias)

@@ -69,6 +69,11 @@ PRODUCTS = tuple(
 )
 
 
+DELTA_PRODUCTS = tuple(
+    name + bias for name in ("delta_linear", "sparse_delta_linear") for bias in ("", "_bias")
+)
+
+
 def product(name: str, bfloat16: bool = False) -> Maker:
     """Of a dense layer, with LoRA or without; its name tells of a bias and of a weight (in, out)."""
 
@@ -90,6 +95,39 @@ def product(name: str, bfloat16: bool = False) -> Maker:
             yield Case(name, tuple(inputs), tuple(fixed), bfloat16)
 
     return make
+
+
+def delta_product(name: str) -> Maker:
+    """Of a dense layer whose weight has a dense or a sparse delta; with a bias if its name says so."""
+
+    def make(random: Random) -> Iterator[Case]:
+        while True:
+            yield delta_case(random, name, random.lead(), random.pick(SIZES), random.pick(SIZES))
+
+    return make
+
+
+def delta_case(random: Random, name: str, lead: tuple[int, ...], into: int, out: int) -> Case:
+    """One of given sizes; a sparse delta may have no number, few of them or one for each place."""
+    inputs, fixed = [random.normal(*lead, into), random.normal(out, into)], ()
+    if name.startswith("sparse"):
+        flat = random.generator.permutation(out * into)[:: random.pick((1, 3, 30))]
+        flat = flat[: random.pick((0, flat.size, flat.size, flat.size))]
+        inputs.append(random.normal(flat.size))
+        fixed = (np.stack(np.divmod(flat, into)).astype(np.int32),)
+    else:
+        inputs.append(random.normal(out, into))
+    if name.endswith("bias"):
+        inputs.append(random.normal(out))
+    return Case(name, tuple(inputs), fixed)
+
+
+def kron(random: Random) -> Iterator[Case]:
+    while True:
+        (p, k), (m, n) = ((random.pick((1, 2, 5, 16)), random.pick((1, 3, 17))) for _ in range(2))
+        yield Case(
+            "kron_linear", (random.normal(*random.lead(), m * n), random.normal(p, m), random.normal(k, n))
+        )
 
 
 def int8_product(name: str) -> Maker:
@@ -329,6 +367,8 @@ EXACT: dict[str, Maker] = {
     "layer_norm": norm("layer_norm"),
     "scale_columns": columns,
     **{name: int8_product(name) for name in ("int8_linear", "int8_linear_bias")},
+    **{name: delta_product(name) for name in DELTA_PRODUCTS},
+    "kron_linear": kron,
     **{name: elementwise(name, 1) for name in native.ACTIVATIONS},
     **{f"{name}_gate": elementwise(f"{name}_gate", 2) for name in native.ACTIVATIONS},
     "split_heads": heads_apart,
@@ -431,6 +471,7 @@ def large() -> list[Case]:
     wide = random.normal(3000, 257)
     q, k, v = random.normal(1, 2, 513, 17), random.normal(1, 1, 1500, 17), random.normal(1, 1, 1500, 5)
     labels = random.generator.integers(-9, 1100, 1300).astype(np.int32)
+    diagonal = np.stack((np.arange(1100), np.arange(1100) % 67)).astype(np.int32)
     return [
         Case("linear", (on_bfloat16_grid(x), grid), (), True),
         Case("linear", (x[:8], weight)),
@@ -438,6 +479,9 @@ def large() -> list[Case]:
         *few_rows(random),
         int8_case(random, "int8_linear_bias", (1300,), 67, 1100),
         int8_case(random, "int8_linear", (700,), 67, 1100),
+        delta_case(random, "delta_linear_bias", (1300,), 67, 1100),
+        Case("sparse_delta_linear", (x, weight, random.normal(1100)), (diagonal,)),
+        Case("kron_linear", (random.normal(1300, 16 * 17), random.normal(16, 16), random.normal(40, 17))),
         Case("lora_bias", (x, weight, *low_rank, random.normal(1100)), (numbers(0.5),)),
         Case("gelu_gate", (random.normal(1 << 20), random.normal(1 << 20))),
         Case("layer_norm", (wide, random.normal(257), random.normal(257)), (numbers(1e-5),)),

@@ -56,6 +56,22 @@ def linear(x, weight, bias=None):
     return F.linear(x, weight, bias)
 
 
+def delta_linear(x, weight, delta, bias=None):
+    return F.linear(x, weight + delta, bias)
+
+
+def sparse_delta_linear(x, weight, values, places):
+    return F.linear(x, weight.index_put(tuple(places), values, accumulate=True))
+
+
+def sparse_delta_linear_bias(x, weight, values, bias, places):
+    return sparse_delta_linear(x, weight, values, places) + bias
+
+
+def kron_linear(x, left, right):
+    return F.linear(x, torch.kron(left, right))
+
+
 def int8_linear(x, weight, scale):
     return F.linear(x, weight * scale[:, None])
 
@@ -185,9 +201,11 @@ def embedding(weight, ids):
 _by_name = (linear, lora, lora_bias, attention, masked_attention, described_attention, rms_norm, layer_norm)
 _by_name = (*_by_name, loss, split_heads, merge_heads, split_and_turn, split_and_turn_neighbours, embedding)
 _by_name = (*_by_name, scale_columns, int8_linear, int8_linear_bias)
+_by_name = (*_by_name, delta_linear, sparse_delta_linear, sparse_delta_linear_bias, kron_linear)
 FAMILIES = {
     **{family.__name__: family for family in (*_by_name, linear_turned, lora_turned, lora_turned_bias)},
     "linear_bias": linear,
+    "delta_linear_bias": delta_linear,
     "linear_turned_bias": linear_turned,
     **ACTIVATIONS,
     **{f"{name}_gate": gate(function) for name, function in ACTIVATIONS.items()},

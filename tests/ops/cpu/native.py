@@ -138,6 +138,35 @@ def _weight_and_bias(kernels: Kernels, x, weight, dy, bias, turned):
     return [dweight, *(kernels.one("sum_rows", dy, to=one.shape) for one in bias)]
 
 
+def delta_linear(kernels: Kernels, x, weight, delta, *bias):
+    name = "delta_linear" + ("_bias" if bias else "")
+    y = kernels.one(name, x, weight, delta, *bias, to=(*x.shape[:-1], weight.shape[0]))
+    dy = cotangent(y.shape)
+    dx = kernels.one("delta_linear_grad", dy, weight, delta, to=x.shape)
+    dweight, *dbias = _weight_and_bias(kernels, x, weight, dy, bias, False)
+    return [y, dx, dweight, dweight, *dbias]
+
+
+def sparse_delta_linear(kernels: Kernels, x, weight, values, *rest):
+    *bias, places = rest
+    name = "sparse_delta_linear"
+    inputs = (x, weight, values, places, *bias)
+    y = kernels.one(name + ("_bias" if bias else ""), *inputs, to=(*x.shape[:-1], weight.shape[0]))
+    dy = cotangent(y.shape)
+    dx = kernels.one(f"{name}_grad", dy, weight, values, places, to=x.shape)
+    dvalues = kernels.one(f"{name}_grad_values", x, dy, places, to=values.shape)
+    dweight, *dbias = _weight_and_bias(kernels, x, weight, dy, bias, False)
+    return [y, dx, dweight, dvalues, *dbias]
+
+
+def kron_linear(kernels: Kernels, x, left, right):
+    y = kernels.one("kron_linear", x, left, right, to=(*x.shape[:-1], left.shape[0] * right.shape[0]))
+    dy = cotangent(y.shape)
+    dx = kernels.one("kron_linear_grad", dy, left, right, to=x.shape)
+    pair = kernels.compute("kron_linear_grad_pair", x, left, right, dy, to=[left.shape, right.shape])
+    return [y, dx, *pair]
+
+
 def int8_linear(kernels: Kernels, x, weight, scale):
     y = kernels.one("int8_linear", x, weight, scale, to=(*x.shape[:-1], weight.shape[0]))
     return [y, kernels.one("int8_linear_grad", cotangent(y.shape), weight, scale, to=x.shape)]
@@ -378,7 +407,9 @@ FAMILIES = {
         family.__name__: family
         for family in (cached_attention, adamw, adalora_penalty, adalora_prune, scale_columns)
     },
-    **{family.__name__: family for family in (int8_linear, int8_linear_bias)},
+    **{family.__name__: family for family in (int8_linear, int8_linear_bias, kron_linear)},
+    **dict.fromkeys(("delta_linear", "delta_linear_bias"), delta_linear),
+    **dict.fromkeys(("sparse_delta_linear", "sparse_delta_linear_bias"), sparse_delta_linear),
     "described_attention": masked_attention,
     **{family.__name__: family for family in (lora_with_dropout, attention_with_dropout)},
     **{name: activation(name) for name in ACTIVATIONS},

@@ -6,6 +6,7 @@
 #include "elementwise.h"
 #include "gemm.h"
 #include "noise.h"
+#include "rows.h"
 #include "threads.h"
 
 namespace {
@@ -27,19 +28,6 @@ struct Weight {
   Matrix to_in() const { return Matrix(data, turned ? out : in, turned, bfloat); }    // (out, in)
 };
 
-// Every row of y becomes bias, or zeros.
-void begin_with(const float* bias, int64_t rows, int64_t width, float* y) {
-  mindpeft::in_parallel(rows, 16384 / (width + 1) + 1, [=](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      if (bias == nullptr) {
-        std::fill(y + row * width, y + (row + 1) * width, 0.0f);
-      } else {
-        std::copy(bias, bias + width, y + row * width);
-      }
-    }
-  });
-}
-
 // y = x weight^T + keep y
 void product(const mindpeft::Arguments& arguments, const Weight& weight, float keep, float* y) {
   multiply_in_parallel(arguments.rows(0), weight.out, weight.in, 1.0f, Matrix(arguments.at(0), weight.in),
@@ -47,7 +35,7 @@ void product(const mindpeft::Arguments& arguments, const Weight& weight, float k
 }
 
 void product_with_bias(const mindpeft::Arguments& arguments, const Weight& weight) {
-  begin_with(arguments.at(2), arguments.rows(0), weight.out, arguments.at(3));
+  mindpeft::fill_rows(arguments.at(2), arguments.rows(0), weight.out, arguments.at(3));
   product(arguments, weight, 1.0f, arguments.at(3));
 }
 
@@ -138,7 +126,7 @@ void lora_product(const mindpeft::Arguments& arguments, bool turned, const float
   float *result = arguments.at(arguments.count() - 2), *hidden = arguments.at(arguments.count() - 1);
   multiply_in_parallel(lora.rows, lora.rank, lora.in, lora.scale, Matrix(lora.dropped(), lora.in),
                        Matrix(lora.a, lora.in, true), 0.0f, hidden, lora.rank);
-  if (bias != nullptr) begin_with(bias, lora.rows, lora.out, result);
+  if (bias != nullptr) mindpeft::fill_rows(bias, lora.rows, lora.out, result);
   multiply_in_parallel(lora.rows, lora.out, lora.rank, 1.0f, Matrix(hidden, lora.rank),
                        Matrix(lora.b, lora.rank, true), bias == nullptr ? 0.0f : 1.0f, result, lora.out);
   product(arguments, lora.weight, 1.0f, result);
