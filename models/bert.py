@@ -12,7 +12,7 @@ from mindspore import Tensor, ops
 from mindpeft.errors import InputError
 from mindpeft.models.config import PretrainedConfig
 from mindpeft.models.pretrained import PreTrainedModel
-from mindpeft.nn import Embedding, LayerNorm, Linear, empty_parameter
+from mindpeft.nn import Embedding, LayerNorm, Linear, empty_parameter, norm_of_sum
 from mindpeft.nn.checkpointing import CheckpointingStack
 from mindpeft.ops.activations import activation, tanh
 from mindpeft.ops.attention import AdditiveMask, Attention, SplitHeads
@@ -75,8 +75,8 @@ class BertEmbeddings(nn.Cell):
             position_ids = self.default_positions(input_ids, words)
         if token_type_ids is None:
             token_type_ids = ops.zeros(words.shape[:2], ms.int32)
-        embedded = words + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)
-        return self.dropout(self.LayerNorm(embedded))
+        typed = words + self.token_type_embeddings(token_type_ids)
+        return self.dropout(norm_of_sum(self.LayerNorm, typed, self.position_embeddings(position_ids)))
 
     def default_positions(self, input_ids, words):
         """Where tokens stand if a call does not say; runs inside a graph."""
@@ -113,7 +113,7 @@ class BertOutput(nn.Cell):
         self.dropout = dropout(config.hidden_dropout_prob)
 
     def construct(self, hidden, residual):
-        return self.LayerNorm(self.dropout(self.dense(hidden)) + residual)
+        return norm_of_sum(self.LayerNorm, self.dropout(self.dense(hidden)), residual)
 
 
 class BertAttention(nn.Cell):

@@ -15,6 +15,7 @@ from mindpeft.models.decoder import (
 )
 from mindpeft.models.decoder_config import AnyDecoderConfig
 from mindpeft.models.gpt_neox import GPTNeoXAttention, GPTNeoXMLP
+from mindpeft.nn import norm_and_sum
 from mindpeft.nn.decoder import DecoderSpec
 from mindpeft.ops.causal_mask import AlibiMask
 from mindpeft.ops.dropout import dropout
@@ -95,8 +96,8 @@ class BloomBlock(nn.Cell):
     def construct(self, hidden, mask, angles, place=None):
         normed = self.input_layernorm(hidden)
         residual = normed if self.norm_in_residual else hidden
-        hidden = residual + self.dropout(self.self_attention(normed, mask, angles, place))
-        normed = self.post_attention_layernorm(hidden)
+        mixed = self.dropout(self.self_attention(normed, mask, angles, place))
+        normed, hidden = norm_and_sum(self.post_attention_layernorm, mixed, residual)
         residual = normed if self.norm_in_residual else hidden
         return residual + self.dropout(self.mlp(normed))
 

@@ -12,7 +12,7 @@ from mindspore import Tensor, ops
 from mindpeft.errors import InputError
 from mindpeft.models.config import PretrainedConfig
 from mindpeft.models.pretrained import PreTrainedModel
-from mindpeft.nn import Embedding, LayerNorm, Linear
+from mindpeft.nn import Embedding, LayerNorm, Linear, norm_of_sum
 from mindpeft.nn.checkpointing import CheckpointingStack
 from mindpeft.ops.activations import activation
 from mindpeft.ops.attention import AdditiveMask, Attention, SplitHeads
@@ -78,7 +78,7 @@ class DistilBertEmbeddings(nn.Cell):
         if position_ids is None:
             length = check_length(words.shape[1], self.positions.shape[0])
             position_ids = ops.tile(self.positions[:length].reshape((1, length)), (words.shape[0], 1))
-        return self.dropout(self.LayerNorm(words + self.position_embeddings(position_ids)))
+        return self.dropout(norm_of_sum(self.LayerNorm, words, self.position_embeddings(position_ids)))
 
 
 class DistilBertSelfAttention(nn.Cell):
@@ -125,8 +125,8 @@ class TransformerBlock(nn.Cell):
         self.output_layer_norm = LayerNorm(config.dim, _EPS)
 
     def construct(self, hidden, mask=None):
-        hidden = self.sa_layer_norm(self.attention(hidden, mask) + hidden)
-        return self.output_layer_norm(self.ffn(hidden) + hidden)
+        hidden = norm_of_sum(self.sa_layer_norm, self.attention(hidden, mask), hidden)
+        return norm_of_sum(self.output_layer_norm, self.ffn(hidden), hidden)
 
 
 class Transformer(CheckpointingStack):

@@ -13,6 +13,7 @@ from mindpeft.models.decoder import (
 )
 from mindpeft.models.decoder_config import kinds_from
 from mindpeft.models.gemma import GemmaConfig
+from mindpeft.nn import norm_and_sum
 from mindpeft.nn.decoder import DecoderLayer, DecoderSpec
 
 
@@ -61,8 +62,9 @@ class Gemma2Layer(DecoderLayer):
 
     def construct(self, hidden, mask, angles, place=None):
         mixed = self.self_attn(self.input_layernorm(hidden), mask, angles, place)
-        hidden = hidden + self.post_attention_layernorm(mixed)
-        return hidden + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(hidden)))
+        mixed = self.post_attention_layernorm(mixed)
+        normed, hidden = norm_and_sum(self.pre_feedforward_layernorm, mixed, hidden)
+        return hidden + self.post_feedforward_layernorm(self.mlp(normed))
 
 
 class Gemma2Model(DecoderModel):

@@ -11,6 +11,7 @@ from mindpeft.models.decoder import (
     DecoderModel,
 )
 from mindpeft.models.glm import GlmConfig, GlmLayer
+from mindpeft.nn import norm_and_sum
 from mindpeft.nn.decoder import DecoderSpec
 
 
@@ -31,8 +32,9 @@ class Glm4Layer(GlmLayer):
 
     def construct(self, hidden, mask, angles, place=None):
         mixed = self.self_attn(self.input_layernorm(hidden), mask, angles, place)
-        hidden = hidden + self.post_self_attn_layernorm(mixed)
-        return hidden + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(hidden)))
+        mixed = self.post_self_attn_layernorm(mixed)
+        normed, hidden = norm_and_sum(self.post_attention_layernorm, mixed, hidden)
+        return hidden + self.post_mlp_layernorm(self.mlp(normed))
 
 
 class Glm4Model(DecoderModel):

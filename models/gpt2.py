@@ -15,7 +15,7 @@ from mindpeft.models.decoder import (
     DecoderModel,
 )
 from mindpeft.models.decoder_config import AnyDecoderConfig
-from mindpeft.nn import Conv1D, Embedding
+from mindpeft.nn import Conv1D, Embedding, norm_and_sum
 from mindpeft.nn.decoder import DecoderAttention, DecoderSpec
 from mindpeft.ops.activations import activation
 from mindpeft.ops.checks import check_length
@@ -130,8 +130,9 @@ class GPT2Block(nn.Cell):
         self.dropout = dropout(spec.hidden_dropout)
 
     def construct(self, hidden, mask, angles, place=None):
-        hidden = hidden + self.dropout(self.attn(self.ln_1(hidden), mask, angles, place))
-        return hidden + self.dropout(self.mlp(self.ln_2(hidden)))
+        mixed = self.dropout(self.attn(self.ln_1(hidden), mask, angles, place))
+        normed, hidden = norm_and_sum(self.ln_2, mixed, hidden)
+        return hidden + self.dropout(self.mlp(normed))
 
 
 class GPT2Model(DecoderModel):

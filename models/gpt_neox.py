@@ -14,7 +14,7 @@ from mindpeft.models.decoder import (
     DecoderModel,
 )
 from mindpeft.models.decoder_config import DecoderConfig
-from mindpeft.nn import Linear
+from mindpeft.nn import Linear, norm_and_sum
 from mindpeft.nn.decoder import DecoderAttention, DecoderSpec
 from mindpeft.ops.activations import activation
 from mindpeft.ops.dropout import dropout
@@ -100,9 +100,11 @@ class GPTNeoXLayer(nn.Cell):
 
     def construct(self, hidden, mask, angles, place=None):
         mixed = self.dropout(self.attention(self.input_layernorm(hidden), mask, angles, place))
-        attended = hidden + mixed
-        source = hidden if self.parallel else attended
-        return attended + self.dropout(self.mlp(self.post_attention_layernorm(source)))
+        if self.parallel:
+            normed, attended = self.post_attention_layernorm(hidden), hidden + mixed
+        else:
+            normed, attended = norm_and_sum(self.post_attention_layernorm, mixed, hidden)
+        return attended + self.dropout(self.mlp(normed))
 
 
 class GPTNeoXModel(DecoderModel):

@@ -13,7 +13,7 @@ from mindpeft.models.decoder import (
     DecoderModel,
 )
 from mindpeft.models.decoder_config import DecoderConfig
-from mindpeft.nn import Linear
+from mindpeft.nn import Linear, norm_and_sum
 from mindpeft.nn.decoder import DecoderAttention, DecoderSpec
 from mindpeft.ops.activations import activation
 
@@ -77,8 +77,9 @@ class InternLM2Layer(nn.Cell):
         self.ffn_norm = spec.norm()
 
     def construct(self, hidden, mask, angles, place=None):
-        hidden = hidden + self.attention(self.attention_norm(hidden), mask, angles, place)
-        return hidden + self.feed_forward(self.ffn_norm(hidden))
+        mixed = self.attention(self.attention_norm(hidden), mask, angles, place)
+        normed, hidden = norm_and_sum(self.ffn_norm, mixed, hidden)
+        return hidden + self.feed_forward(normed)
 
 
 class InternLM2Model(DecoderModel):

@@ -16,7 +16,7 @@ from mindpeft.models.decoder import (
     DecoderPreTrainedModel,
 )
 from mindpeft.models.decoder_config import AnyDecoderConfig
-from mindpeft.nn import Embedding, Linear
+from mindpeft.nn import Embedding, Linear, norm_and_sum, norm_of_sum
 from mindpeft.nn.decoder import DecoderAttention, DecoderSpec
 from mindpeft.ops.activations import activation
 from mindpeft.ops.checks import check_length
@@ -113,12 +113,21 @@ class OPTDecoderLayer(nn.Cell):
         self.norm_behind = spec.norm_behind
 
     def construct(self, hidden, mask, angles, place=None):
-        source = hidden if self.norm_behind else self.self_attn_layer_norm(hidden)
-        hidden = hidden + self.dropout(self.self_attn(source, mask, angles, place))
-        hidden = self.self_attn_layer_norm(hidden) if self.norm_behind else hidden
-        source = hidden if self.norm_behind else self.final_layer_norm(hidden)
-        hidden = hidden + self.dropout(self.fc2(self.activation(self.fc1(source))))
-        return self.final_layer_norm(hidden) if self.norm_behind else hidden
+        if self.norm_behind:
+            mixed = self.attended(hidden, mask, angles, place)
+            hidden = norm_of_sum(self.self_attn_layer_norm, mixed, hidden)
+            return norm_of_sum(self.final_layer_norm, self.fed_forward(hidden), hidden)
+        mixed = self.attended(self.self_attn_layer_norm(hidden), mask, angles, place)
+        normed, hidden = norm_and_sum(self.final_layer_norm, mixed, hidden)
+        return hidden + self.fed_forward(normed)
+
+    def attended(self, hidden, mask, angles, place):
+        """The attention half without norm and residual."""
+        return self.dropout(self.self_attn(hidden, mask, angles, place))
+
+    def fed_forward(self, hidden):
+        """The feed-forward half without norm and residual."""
+        return self.dropout(self.fc2(self.activation(self.fc1(hidden))))
 
 
 class OPTDecoder(DecoderModel):

@@ -15,7 +15,7 @@ from mindspore import Tensor, ops
 from mindpeft.nn.cache import LayerCache
 from mindpeft.nn.checkpointing import CheckpointingStack
 from mindpeft.nn.linear import Linear
-from mindpeft.nn.normalization import LayerNorm, RMSNorm
+from mindpeft.nn.normalization import LayerNorm, RMSNorm, norm_and_sum
 from mindpeft.nn.rotary import RotarySpec, RotaryTables
 from mindpeft.ops.activations import Gate
 from mindpeft.ops.attention import Attention, SplitHeads
@@ -247,8 +247,9 @@ class DecoderLayer(nn.Cell):
     def construct(self, hidden, mask, angles, place=None):
         """The arguments are those of `DecoderAttention`."""
         attention = getattr(self, self.attention_name)
-        hidden = hidden + attention(self.input_layernorm(hidden), mask, angles, place)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        mixed = attention(self.input_layernorm(hidden), mask, angles, place)
+        normed, hidden = norm_and_sum(self.post_attention_layernorm, mixed, hidden)
+        return hidden + self.mlp(normed)
 
 
 class LayerStack(CheckpointingStack):

@@ -1,4 +1,4 @@
-"""Normalisation layers."""
+"""Normalisation layers, and the norm of a residual sum."""
 
 from __future__ import annotations
 
@@ -10,8 +10,26 @@ from mindspore import Tensor
 from mindpeft.nn.parameter import empty_parameter
 from mindpeft.ops.normalization import layer_norm, rms_norm
 
+_HOOKS = ("_forward_pre_hook", "_forward_hook", "_backward_pre_hook", "_backward_hook")
 
-class LayerNorm(nn.Cell):
+
+class Norm(nn.Cell):
+    """What both norms share; they define ``norm`` and ``factors``."""
+
+    def factors(self) -> tuple[Tensor, ...]:
+        """What ``norm`` takes besides a tensor; runs inside a graph."""
+        raise NotImplementedError
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.norm(x, *self.factors())
+
+    @property
+    def takes_sums(self) -> bool:
+        """Whether nobody wants to see its calls."""
+        return not any(getattr(self, hooks, None) for hooks in _HOOKS)
+
+
+class LayerNorm(Norm):
     """Layer normalisation over the last axis, with PyTorch's names: weight and bias of shape (width,).
 
     Without ``affine`` both are constants, 1 and 0.
@@ -23,11 +41,11 @@ class LayerNorm(nn.Cell):
         self.bias = empty_parameter((width,), dtype) if affine else Tensor(np.zeros(width), dtype)
         self.norm = layer_norm(eps)
 
-    def construct(self, x: Tensor) -> Tensor:
-        return self.norm(x, self.weight, self.bias)
+    def factors(self) -> tuple[Tensor, ...]:
+        return self.weight, self.bias
 
 
-class RMSNorm(nn.Cell):
+class RMSNorm(Norm):
     """RMS normalisation over the last axis, with PyTorch's name: weight of shape (width,).
 
     Args:
@@ -42,5 +60,20 @@ class RMSNorm(nn.Cell):
         self.offset = offset
         self.norm = rms_norm(eps)
 
-    def construct(self, x: Tensor) -> Tensor:
-        return self.norm(x, self.weight + self.offset if self.offset else self.weight)
+    def factors(self) -> tuple[Tensor, ...]:
+        return (self.weight + self.offset if self.offset else self.weight,)
+
+
+def norm_of_sum(norm: nn.Cell, x: Tensor, residual: Tensor) -> Tensor:
+    """``norm(x + residual)``, in one pass unless a layer of an adapter is around the norm; for graphs."""
+    if isinstance(norm, Norm) and norm.takes_sums:
+        return norm.norm.of_sum(x, residual, *norm.factors())
+    return norm(x + residual)
+
+
+def norm_and_sum(norm: nn.Cell, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, and ``x + residual`` behind it."""
+    if isinstance(norm, Norm) and norm.takes_sums:
+        return norm.norm.with_sum(x, residual, *norm.factors())
+    total = x + residual
+    return norm(total), total

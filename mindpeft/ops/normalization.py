@@ -7,7 +7,13 @@ import mindspore.nn as nn
 from mindspore import Tensor, ops
 
 from mindpeft.ops.cpu import kernels_on
-from mindpeft.ops.cpu.norms import LayerNormKernel, RmsNormKernel
+from mindpeft.ops.cpu.library import Kernel
+from mindpeft.ops.cpu.norms import (
+    LayerNormKernel,
+    LayerNormOfSumKernel,
+    RmsNormKernel,
+    RmsNormOfSumKernel,
+)
 from mindpeft.ops.device import on_cpu
 
 
@@ -51,7 +57,8 @@ class _NormAndMoments(nn.Cell):
         mean_d = self.tile(self.row_sum(dnormed, -1) * (1.0 / width), across)
         mean_dn = self.tile(self.row_sum(dnormed * normed, -1) * (1.0 / width), across)
         dx = (dnormed - mean_d - normed * mean_dn) * scale
-        return dx.reshape(x.shape), (dy * normed).sum(0), dy.sum(0)
+        dweight = (dy * normed).sum(0)  # moments are float32, whatever x is
+        return dx.reshape(x.shape).astype(x.dtype), dweight.astype(weight.dtype), dy.sum(0)
 
 
 class CpuLayerNorm(nn.Cell):
@@ -65,11 +72,10 @@ class CpuLayerNorm(nn.Cell):
         return self.norm_and_moments(x, weight, bias)[0]
 
 
-def layer_norm(eps: float) -> nn.Cell:
+def layer_norm(eps: float) -> FastNorm:
     """Return the Cell ``(x, weight, bias) -> y`` for the current device; weight and bias are (width,)."""
-    if kernels_on():
-        return FastNorm(LayerNormKernel(eps), CpuLayerNorm(eps))
-    return CpuLayerNorm(eps) if on_cpu() else LayerNorm(eps)
+    plain = CpuLayerNorm(eps) if on_cpu() else LayerNorm(eps)
+    return FastNorm(eps, plain, LayerNormKernel, LayerNormOfSumKernel)
 
 
 class RmsNorm(nn.Cell):
@@ -124,21 +130,42 @@ class CpuRmsNorm(nn.Cell):
         return wide.astype(x.dtype)
 
 
-def rms_norm(eps: float) -> nn.Cell:
+def rms_norm(eps: float) -> FastNorm:
     """Return the Cell ``(x, weight) -> y`` for the current device; weight is (width,)."""
-    if kernels_on():
-        return FastNorm(RmsNormKernel(eps), CpuRmsNorm(eps))
-    return CpuRmsNorm(eps) if on_cpu() else RmsNorm(eps)
+    plain = CpuRmsNorm(eps) if on_cpu() else RmsNorm(eps)
+    return FastNorm(eps, plain, RmsNormKernel, RmsNormOfSumKernel)
 
 
 class FastNorm(nn.Cell):
-    """A norm by its kernel where all numbers are float32."""
+    """A norm of a tensor or of a sum, by its kernels where there are some and all numbers are float32."""
 
-    def __init__(self, kernel: nn.Cell, plain: nn.Cell):
+    def __init__(self, eps: float, plain: nn.Cell, of_one: type[Kernel], of_two: type[Kernel]):
         super().__init__()
-        self.kernel, self.plain = kernel, plain
+        self.plain = plain
+        on = kernels_on()
+        self.kernel = of_one(eps) if on else None
+        self.kernel_of_sum = of_two(eps, with_sum=False) if on else None
+        self.kernel_with_sum = of_two(eps, with_sum=True) if on else None
 
     def construct(self, x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
         if self.kernel is None or x.dtype != ms.float32 or weight.dtype != ms.float32:
             return self.plain(x, weight, *bias)
         return self.kernel(x, weight, *bias)[0]
+
+    def of_sum(self, x: Tensor, residual: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+        """The norm of ``x + residual``; runs inside a graph."""
+        if self.kernel_of_sum is None or not self.suit(x, residual, weight):
+            return self.construct(x + residual, weight, *bias)
+        return self.kernel_of_sum(x, residual, weight, *bias)[0]
+
+    def with_sum(self, x: Tensor, residual: Tensor, weight: Tensor, *bias: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of ``x + residual``, and that sum; runs inside a graph."""
+        if self.kernel_with_sum is None or not self.suit(x, residual, weight):
+            total = x + residual
+            return self.construct(total, weight, *bias), total
+        return self.kernel_with_sum(x, residual, weight, *bias)
+
+    def suit(self, x: Tensor, residual: Tensor, weight: Tensor) -> bool:
+        """Whether tensors are what the kernels of a sum take; a constant of a graph."""
+        floats = x.dtype == ms.float32 and residual.dtype == ms.float32 and weight.dtype == ms.float32
+        return floats and x.shape == residual.shape

@@ -9,6 +9,7 @@ import mindspore as ms
 from mindspore import nn
 
 from mindpeft.errors import InputError
+from mindpeft.nn import norm_of_sum
 from mindpeft.targets import layer_index
 from mindpeft.tuners.base import TunerLayer, linear_features, original
 
@@ -81,18 +82,18 @@ class HalfLayer(TunerLayer):
     def construct(self, hidden: ms.Tensor, residual: ms.Tensor) -> ms.Tensor:
         norm_last = self.norms_last()
         result = self.states(hidden, residual, norm_last)[2]
-        return self.original_norm(result + residual) if norm_last else result
+        return self.original_norm(result, residual) if norm_last else result
 
     def norms_last(self) -> bool:
         """Whether the original norm ends the computation whichever of the nested layers are active."""
         own = self.original_ln_after or not self.acts
         return own if self.is_first else own and self.base_layer.norms_last()
 
-    def original_norm(self, x: ms.Tensor) -> ms.Tensor:
-        """The norm of the original cell."""
+    def original_norm(self, x: ms.Tensor, residual: ms.Tensor) -> ms.Tensor:
+        """The norm of the original cell, of a sum."""
         if self.is_first:
-            return self.base_layer.LayerNorm(x)
-        return self.base_layer.original_norm(x)
+            return norm_of_sum(self.base_layer.LayerNorm, x, residual)
+        return self.base_layer.original_norm(x, residual)
 
     def states(self, x: ms.Tensor, residual: ms.Tensor, norm_last: bool) -> tuple:
         """What this layer and those inside make of a cell's input.
@@ -108,7 +109,7 @@ class HalfLayer(TunerLayer):
         if not self.is_first:
             return self.base_layer.states(x, residual, norm_last)
         plain = self.base_layer.dropout(self.base_layer.dense(x))
-        return plain, plain, plain if norm_last else self.base_layer.LayerNorm(plain + residual)
+        return plain, plain, plain if norm_last else self.original_norm(plain, residual)
 
     def entered(self, hidden: ms.Tensor, residual: ms.Tensor) -> tuple[ms.Tensor, ms.Tensor]:
         """What an adapter here reads, and where its own residual starts."""
@@ -116,17 +117,16 @@ class HalfLayer(TunerLayer):
             return residual, residual
         if not self.original_ln_before:
             return hidden, hidden
-        added = hidden + residual
-        normed = self.original_norm(added)
+        normed = self.original_norm(hidden, residual)
         if self.skips == "added":
-            return normed, added
+            return normed, hidden + residual
         return normed, normed if self.skips == "normed" else hidden
 
     def left(self, adapted: ms.Tensor, plain: ms.Tensor, residual: ms.Tensor, norm_last: bool) -> ms.Tensor:
         """The result if this is the last adapter, without the original norm if that comes last for all."""
         total = adapted + plain if self.is_parallel else adapted
         if self.original_ln_after and not norm_last:
-            total = self.original_norm(total + residual)
+            total = self.original_norm(total, residual)
         return total
 
     def updates(self, x: ms.Tensor, fusion: str) -> tuple:

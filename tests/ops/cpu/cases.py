@@ -269,18 +269,25 @@ MASKS = {
 }
 
 
+NORMS = tuple(norm + kind for norm in ("rms_norm", "layer_norm") for kind in ("", "_of_sum", "_and_sum"))
+
+
 def norm(name: str) -> Maker:
     def make(random: Random) -> Iterator[Case]:
         while True:
             # Few columns may be nearly equal, and their mean then costs all digits of what is left.
             lead, width = random.lead(), random.pick(SIZES[2:])
             x = random.normal(*lead, width, scale=random.pick((0.1, 1.0, 30.0)), mean=random.pick((0.0, 3.0)))
-            inputs = [x, random.normal(width)]
-            if name == "layer_norm":
-                inputs.append(random.normal(width))
+            residual = [random.normal(*x.shape)] if name.endswith("sum") else []
+            inputs = [x, *residual, *norm_parameters(random, name, width)]
             yield Case(name, tuple(inputs), (numbers(random.pick((1e-5, 1e-6, 1e-2))),))
 
     return make
+
+
+def norm_parameters(random: Random, name: str, width: int) -> list[np.ndarray]:
+    """A weight, and a LayerNorm's bias."""
+    return [random.normal(width) for _ in range(2 if name.startswith("layer_norm") else 1)]
 
 
 def columns(random: Random) -> Iterator[Case]:
@@ -363,8 +370,7 @@ EXACT: dict[str, Maker] = {
     "attention": attention,
     "masked_attention": masked_attention,
     "described_attention": described_attention,
-    "rms_norm": norm("rms_norm"),
-    "layer_norm": norm("layer_norm"),
+    **{name: norm(name) for name in NORMS},
     "scale_columns": columns,
     **{name: int8_product(name) for name in ("int8_linear", "int8_linear_bias")},
     **{name: delta_product(name) for name in DELTA_PRODUCTS},
@@ -486,6 +492,7 @@ def large() -> list[Case]:
         Case("gelu_gate", (random.normal(1 << 20), random.normal(1 << 20))),
         Case("layer_norm", (wide, random.normal(257), random.normal(257)), (numbers(1e-5),)),
         Case("rms_norm", (wide, random.normal(257)), (numbers(1e-5),)),
+        Case("rms_norm_and_sum", (wide, wide[::-1].copy(), random.normal(257)), (numbers(1e-5),)),
         Case(
             "masked_attention",
             (q, k, v),

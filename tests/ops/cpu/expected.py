@@ -147,6 +147,15 @@ def layer_norm(x, weight, bias, eps):
     return F.layer_norm(x, weight.shape, weight, bias, eps.item())
 
 
+def norm_of_sum(norm, with_sum):
+    def family(x, residual, *rest):
+        total = x + residual
+        y = norm(total, *rest)
+        return torch.stack((y, total)) if with_sum else y
+
+    return family
+
+
 def scale_columns(x, factors):
     return x * factors
 
@@ -207,6 +216,8 @@ FAMILIES = {
     "linear_bias": linear,
     "delta_linear_bias": delta_linear,
     "linear_turned_bias": linear_turned,
+    **{f"{norm.__name__}_of_sum": norm_of_sum(norm, False) for norm in (rms_norm, layer_norm)},
+    **{f"{norm.__name__}_and_sum": norm_of_sum(norm, True) for norm in (rms_norm, layer_norm)},
     **ACTIVATIONS,
     **{f"{name}_gate": gate(function) for name, function in ACTIVATIONS.items()},
 }

@@ -271,6 +271,31 @@ def layer_norm(kernels: Kernels, x, weight, bias, eps):
     return [y, dx, dweight, kernels.one("sum_rows", dy, to=bias.shape)]
 
 
+def norm_of_sum(norm: str, with_sum: bool):
+    """Of one of the two above; with the sum for a second value, or without."""
+    name = f"{norm}_of_sum"
+
+    def family(kernels: Kernels, x, residual, weight, *rest):
+        inputs, bias = (x, residual, weight, *rest), rest[:-1]
+        statistics = [(rows_of(x),)] * (1 + len(bias))
+        y, *found, total = kernels.compute(name, *inputs, to=[x.shape, *statistics, x.shape])
+        np.testing.assert_array_equal(total, x + residual)
+        keep(kernels, name, inputs, [y, *found, total], [total])
+        kept = keep(kernels, name, inputs, [y, *found], [total])
+        dy, *dsum = cotangent((2, *x.shape)) if with_sum else (cotangent(x.shape),)
+        dx = kernels.one(f"{norm}_grad", total, weight, *found, dy, *dsum, to=x.shape)
+        dweight = kernels.one(f"{norm}_grad_weight", total, *found, dy, to=weight.shape)
+        if np.isfinite(total).all():
+            places = [*enumerate((weight, *found, dy, *dsum), 1)]
+            same_gradients(kernels, f"{norm}_grad", kept, places, [x.shape])
+            places = [*enumerate((*found, dy), 1)]
+            same_gradients(kernels, f"{norm}_grad_weight", kept, places, [weight.shape])
+        dbias = [kernels.one("sum_rows", dy, to=one.shape) for one in bias]
+        return [np.stack((y, total)) if with_sum else y, dx, dx, dweight, *dbias]
+
+    return family
+
+
 def scale_columns(kernels: Kernels, x, factors):
     dy = cotangent(x.shape)
     return [
@@ -410,6 +435,8 @@ FAMILIES = {
     **{family.__name__: family for family in (int8_linear, int8_linear_bias, kron_linear)},
     **dict.fromkeys(("delta_linear", "delta_linear_bias"), delta_linear),
     **dict.fromkeys(("sparse_delta_linear", "sparse_delta_linear_bias"), sparse_delta_linear),
+    **{f"{name}_of_sum": norm_of_sum(name, False) for name in ("rms_norm", "layer_norm")},
+    **{f"{name}_and_sum": norm_of_sum(name, True) for name in ("rms_norm", "layer_norm")},
     "described_attention": masked_attention,
     **{family.__name__: family for family in (lora_with_dropout, attention_with_dropout)},
     **{name: activation(name) for name in ACTIVATIONS},

@@ -12,7 +12,12 @@ from mindpeft.ops.activations import activation
 from mindpeft.ops.cpu.activations import ActivationKernel, GateKernel
 from mindpeft.ops.cpu.attention import AttentionKernel, MaskedAttentionKernel
 from mindpeft.ops.cpu.linear import LoraBiasKernel, LoraKernel
-from mindpeft.ops.cpu.norms import LayerNormKernel, RmsNormKernel
+from mindpeft.ops.cpu.norms import (
+    LayerNormKernel,
+    LayerNormOfSumKernel,
+    RmsNormKernel,
+    RmsNormOfSumKernel,
+)
 from mindpeft.precision import keep_less
 from tests.ops.compare import run
 from tests.ops.cpu import native
@@ -24,11 +29,17 @@ ROWS, HEADS = (3, 7, 33), (2, 4, 9, 8)
 QKV = tuple(random.normal(*shape) for shape in (HEADS, (2, 2, 11, 8), (2, 2, 11, 8)))
 SILENCE = Tensor(native.SILENCE)
 MASK = Tensor(random.normal(2, 1, 9, 11))
+VECTOR = random.normal(33)
+SUM = random.normal(*ROWS), random.normal(*ROWS)
 CASES = {
     "activation": (ActivationKernel("gelu"), [random.normal(*ROWS)], []),
     "gate": (GateKernel("silu"), [random.normal(*ROWS), random.normal(*ROWS)], []),
     "rms norm": (RmsNormKernel(1e-6), [random.normal(*ROWS), random.normal(33)], []),
     "layer norm": (LayerNormKernel(1e-6), [random.normal(*ROWS), random.normal(33), random.normal(33)], []),
+    "rms norm of a sum": (RmsNormOfSumKernel(1e-6, with_sum=False), [*SUM, VECTOR], []),
+    "rms norm and sum": (RmsNormOfSumKernel(1e-6, with_sum=True), [*SUM, VECTOR], []),
+    "layer norm of a sum": (LayerNormOfSumKernel(1e-6, with_sum=False), [*SUM, VECTOR, VECTOR], []),
+    "layer norm and sum": (LayerNormOfSumKernel(1e-6, with_sum=True), [*SUM, VECTOR, VECTOR], []),
     "attention": (AttentionKernel(0.3, 0.0), QKV, [SILENCE]),
     "masked attention": (MaskedAttentionKernel(0.3, 5.0), QKV, [MASK, SILENCE]),
 }
@@ -80,4 +91,6 @@ def test_a_model_changes_all_of_its_kernels():
     keep_less(cells)
     assert {name: type(cell) for name, cell in cells.cells_and_names()} == before
     assert cells[1].kernel.less
-    assert cells[2].norm.kernel.less
+    norm = cells[2].norm
+    assert all(kernel.less for kernel in (norm.kernel, norm.kernel_of_sum, norm.kernel_with_sum))
+    assert [norm.kernel_of_sum.with_sum, norm.kernel_with_sum.with_sum] == [False, True]

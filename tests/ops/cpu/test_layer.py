@@ -13,7 +13,12 @@ from mindpeft.ops.cpu.attention import AttentionKernel, MaskedAttentionKernel
 from mindpeft.ops.cpu.heads import MergeHeadsKernel, SplitAndTurnKernel, SplitHeadsKernel
 from mindpeft.ops.cpu.linear import LinearBiasKernel, LinearKernel, LoraBiasKernel, LoraKernel
 from mindpeft.ops.cpu.loss import ProjectedLossKernel
-from mindpeft.ops.cpu.norms import LayerNormKernel, RmsNormKernel
+from mindpeft.ops.cpu.norms import (
+    LayerNormKernel,
+    LayerNormOfSumKernel,
+    RmsNormKernel,
+    RmsNormOfSumKernel,
+)
 from tests.ops.compare import run, run_torch
 from tests.ops.cpu import expected as theirs
 from tests.ops.cpu.cases import LOWEST, Random, numbers, tables
@@ -33,6 +38,8 @@ class Layer(nn.Cell):
         self.labels, self.scale = Tensor(labels), Tensor(SETTINGS[:1])
         self.silence = Tensor(SILENCE)
         self.rms_norm, self.layer_norm = RmsNormKernel(1e-5), LayerNormKernel(1e-5)
+        self.rms_norm_of_sum = RmsNormOfSumKernel(1e-5, with_sum=True)
+        self.layer_norm_of_sum = LayerNormOfSumKernel(1e-5, with_sum=False)
         self.lora, self.lora_bias = LoraKernel(), LoraBiasKernel()
         self.linear, self.linear_bias = LinearKernel(), LinearBiasKernel()
         self.turn, self.turn_neighbours = SplitAndTurnKernel(HEADS, False), SplitAndTurnKernel(HEADS, True)
@@ -49,7 +56,8 @@ class Layer(nn.Cell):
             self.lora_bias(x, weight, a, b, self.scale, self.silence, vector)[0], self.cos, self.sin
         )
         v = self.split(self.linear(x, weight))
-        x = x + self.masked_attention(q, k, v, self.mask, self.silence)[0]
+        y, x = self.rms_norm_of_sum(x, self.masked_attention(q, k, v, self.mask, self.silence)[0], vector)
+        x = self.layer_norm_of_sum(x, y, vector, vector)[0]
         x = self.layer_norm(x + self.attention(q, k, v, self.silence)[0] + self.merge(v), vector, vector)[0]
         x = self.gate(self.linear_bias(x, weight, vector), self.activation(x))
         return self.loss(x.reshape((-1, WIDTH)), vocabulary, self.labels)[0]
@@ -68,6 +76,7 @@ def in_torch(mask, cos, sin, labels):
         k = theirs.split_and_turn_neighbours(k, cos, sin, HEADS)
         v = theirs.split_heads(theirs.linear(x, weight), HEADS)
         x = x + theirs.masked_attention(q, k, v, mask, settings)
+        x = theirs.layer_norm(x + theirs.rms_norm(x, vector, eps), vector, vector, eps)
         x = x + theirs.attention(q, k, v, settings) + theirs.merge_heads(v)
         x = theirs.layer_norm(x, vector, vector, eps)
         x = theirs.FAMILIES["silu_gate"](theirs.linear(x, weight, vector), theirs.FAMILIES["gelu"](x))

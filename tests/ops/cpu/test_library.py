@@ -21,7 +21,12 @@ from mindpeft.ops.cpu.columns import ScaleColumnsKernel
 from mindpeft.ops.cpu.library import LEVELS, Library, rows_of
 from mindpeft.ops.cpu.linear import LinearKernel, LoraKernel
 from mindpeft.ops.cpu.loss import ProjectedLossKernel
-from mindpeft.ops.cpu.norms import LayerNormKernel, RmsNormKernel
+from mindpeft.ops.cpu.norms import (
+    LayerNormKernel,
+    LayerNormOfSumKernel,
+    RmsNormKernel,
+    RmsNormOfSumKernel,
+)
 from tests.ops.cpu.native import SILENCE
 
 search = module.library.__wrapped__  # what is found is kept for a process
@@ -142,6 +147,14 @@ MISFITS = {
     ),
     "layer norm": (lambda: LayerNormKernel(1e-5), lambda cell: cell(zeros(2, 5), zeros(4), zeros(4))),
     "rms norm": (lambda: RmsNormKernel(1e-5), lambda cell: cell(zeros(2, 5), zeros(4))),
+    "a sum": (
+        lambda: RmsNormOfSumKernel(1e-5, with_sum=True),
+        lambda cell: cell(zeros(2, 5), zeros(1, 5), zeros(5)),
+    ),
+    "layer norm of a sum": (
+        lambda: LayerNormOfSumKernel(1e-5, with_sum=False),
+        lambda cell: cell(zeros(2, 5), zeros(2, 5), zeros(4), zeros(4)),
+    ),
     "columns": (ScaleColumnsKernel, lambda cell: cell(zeros(2, 5), zeros(4))),
     "loss": (ProjectedLossKernel, lambda cell: cell(zeros(2, 5), zeros(9, 4), zeros(2).astype(ms.int32))),
     "attention's sizes": (

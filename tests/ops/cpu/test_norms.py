@@ -2,34 +2,56 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
+from mindspore import ops
 
-from mindpeft.ops.cpu.norms import LayerNormKernel, RmsNormKernel
-from tests.ops.cpu.cases import Case, Random, numbers, some
+from mindpeft.ops.cpu.norms import (
+    LayerNormKernel,
+    LayerNormOfSumKernel,
+    RmsNormKernel,
+    RmsNormOfSumKernel,
+)
+from tests.ops.cpu.cases import NORMS, Case, Random, norm_parameters, numbers, some
 from tests.ops.cpu.cells import assert_equals_torch
 from tests.ops.cpu.expected import error, expectation, worst
 
-FAMILIES = ["rms_norm", "layer_norm"]
-CELLS = {"rms_norm": RmsNormKernel, "layer_norm": LayerNormKernel}
+CELLS = {
+    "rms_norm": RmsNormKernel,
+    "rms_norm_of_sum": partial(RmsNormOfSumKernel, with_sum=False),
+    "rms_norm_and_sum": partial(RmsNormOfSumKernel, with_sum=True),
+    "layer_norm": LayerNormKernel,
+    "layer_norm_of_sum": partial(LayerNormOfSumKernel, with_sum=False),
+    "layer_norm_and_sum": partial(LayerNormOfSumKernel, with_sum=True),
+}
 
 
 def case_of(family: str, x: np.ndarray) -> Case:
+    """A residual is the row above."""
     random = Random(5)
-    parameters = [random.normal(x.shape[-1]) for _ in range(1 if family == "rms_norm" else 2)]
-    return Case(family, (x, *parameters), (numbers(1e-5),))
+    residual = [np.roll(x, 1, 0)] if family.endswith("sum") else []
+    return Case(family, (x, *residual, *norm_parameters(random, family, x.shape[-1])), (numbers(1e-5),))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NORMS)
 def test_equals_torch(kernels, family, seed):
     assert worst(kernels, some(family, 60, seed)) < 1e-5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NORMS)
 @pytest.mark.parametrize("shape", [(2, 5, 7), (0, 7)])
 def test_cells(family, shape):
     cell = CELLS[family](1e-5)
-    assert_equals_torch(lambda *inputs: cell(*inputs)[0], case_of(family, Random(0).normal(*shape)))
+
+    def values(*inputs):
+        found = cell(*inputs)
+        if family.endswith("and_sum"):
+            return ops.concat([value.reshape((1, *value.shape)) for value in found])
+        return found[0]
+
+    assert_equals_torch(values, case_of(family, Random(0).normal(*shape)))
 
 
 def test_a_layer_norm_of_one_column_is_its_bias(kernels):
@@ -40,7 +62,7 @@ def test_a_layer_norm_of_one_column_is_its_bias(kernels):
     assert not dweight.any()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NORMS)
 @pytest.mark.parametrize("width", [1, 2, 3])
 def test_few_columns(kernels, family, width):
     """The gradient is what is left of nearly equal numbers: it has fewer digits."""
@@ -56,7 +78,7 @@ def test_a_mean_far_from_0_costs_no_digits_of_the_variance(kernels):
     assert error(case.run(kernels), expectation(case)) < 2**-11
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NORMS)
 def test_rows_of_zeros(kernels, family):
     case = case_of(family, np.zeros((3, 17), np.float32))
     assert error(case.run(kernels), expectation(case)) < 1e-5
@@ -64,7 +86,7 @@ def test_rows_of_zeros(kernels, family):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("place", [0, 1, 2])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NORMS)
 def test_one_bad_number_goes_where_it_goes_in_torch(kernels, family, place, value):
     case = case_of(family, Random(0).normal(20, 17))
     if place < len(case.inputs):

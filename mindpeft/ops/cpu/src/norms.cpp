@@ -1,170 +1,203 @@
-// Layer normalisation and its variant without a mean, over the last axis.
+// Layer normalisation and its variant without a mean, over the last axis, also of a sum of two tensors.
 #include <cmath>
+#include <type_traits>
 
 #include "elementwise.h"
 #include "rows.h"
 
 namespace {
 
+using mindpeft::Arguments;
 using mindpeft::bfloat16;
 using mindpeft::in_parallel;
 using mindpeft::least_rows;
+using mindpeft::narrow;
 using mindpeft::number;
 using mindpeft::sum_over_rows;
 
-// x is kept for the backward pass, if the call asks for it: as one output more, in bfloat16s.
-void keep_input(const mindpeft::Arguments& arguments, int output) {
-  if (arguments.count() > output) mindpeft::keep(arguments.size(0), arguments.at(0), arguments.at<bfloat16>(output));
-}
+// LayerNorm is centred: it takes the mean away, and has a bias. RMSNorm is not, and its mean counts as 0.
+constexpr bool kLayer = true, kRms = false;
 
-}  // namespace
+// Row by row, the tensors of one forward pass; null where a norm has none.
+struct Norm {
+  int64_t width;
+  const float *x, *residual, *weight, *bias;
+  float eps;
+  float *y, *means, *scales, *sums;
+  bfloat16* kept;
+};
 
-// x, weight, eps -> y, scale (rows): 1 / sqrt(mean(x^2) + eps), and x to be kept
-MINDPEFT_KERNEL(rms_norm) {
-  const int64_t rows = arguments.rows(0), width = arguments.width(0);
-  const float *x = arguments.at(0), *weight = arguments.at(1), eps = *arguments.at(2);
-  float *y = arguments.at(3), *scales = arguments.at(4);
-  in_parallel(rows, least_rows(width), [=](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const float* in = x + row * width;
-      float* out = y + row * width;
-      float squares = 0;
-#pragma omp simd reduction(+ : squares)
-      for (int64_t i = 0; i < width; ++i) squares += in[i] * in[i];
-      const float scale = 1.0f / std::sqrt(squares / width + eps);
-      scales[row] = scale;
-      for (int64_t i = 0; i < width; ++i) out[i] = in[i] * scale * weight[i];
+// x, then residual if it is of a sum, weight, bias if it is centred, eps
+// -> y, mean if it is centred, scale, and of what is normalised: the sum, a copy in bfloat16, or both, if asked for
+Norm norm_of(const Arguments& arguments, bool centred, bool of_sum) {
+  Norm norm{};
+  int next = 0;
+  norm.width = arguments.width(0);
+  norm.x = arguments.at(next++);
+  if (of_sum) norm.residual = arguments.at(next++);
+  norm.weight = arguments.at(next++);
+  if (centred) norm.bias = arguments.at(next++);
+  norm.eps = *arguments.at(next++);
+  norm.y = arguments.at(next++);
+  if (centred) norm.means = arguments.at(next++);
+  norm.scales = arguments.at(next++);
+  for (; next < arguments.count(); ++next) {
+    if (arguments.is_bfloat16(next)) {
+      norm.kept = arguments.at<bfloat16>(next);
+    } else {
+      norm.sums = arguments.at(next);
     }
-  });
-  keep_input(arguments, 5);
+  }
+  return norm;
 }
 
-namespace {
-
-template <typename Number>
-void rms_norm_gradient(const mindpeft::Arguments& arguments, const Number* x) {
-  const int64_t rows = arguments.rows(0), width = arguments.width(0);
-  const float *weight = arguments.at(1), *scales = arguments.at(2), *dy = arguments.at(3);
-  float* dx = arguments.at(4);
-  in_parallel(rows, least_rows(width), [=](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const Number* in = x + row * width;
-      const float *d = dy + row * width, scale = scales[row];
-      float* out = dx + row * width;
-      float shared = 0;
-#pragma omp simd reduction(+ : shared)
-      for (int64_t i = 0; i < width; ++i) shared += d[i] * weight[i] * number(in[i]);
-      const float factor = shared * scale * scale / width;
-      for (int64_t i = 0; i < width; ++i) out[i] = (d[i] * weight[i] - number(in[i]) * factor) * scale;
-    }
-  });
+// What is normalised. A sum that nobody asked for stands where its norm will.
+const float* input_row(const Norm& norm, int64_t row) {
+  const int64_t begin = row * norm.width;
+  const float* x = norm.x + begin;
+  if (norm.residual == nullptr) return x;
+  const float* residual = norm.residual + begin;
+  float* sum = (norm.sums == nullptr ? norm.y : norm.sums) + begin;
+#pragma omp simd
+  for (int64_t i = 0; i < norm.width; ++i) sum[i] = x[i] + residual[i];
+  return sum;
 }
 
-}  // namespace
-
-// x, in floats or bfloat16s, weight, scale, dy -> dx
-MINDPEFT_KERNEL(rms_norm_grad) {
-  arguments.read(0, [&](const auto* x) { rms_norm_gradient(arguments, x); });
-}
-
-namespace {
-
-template <typename Number>
-void rms_norm_weight_gradient(const mindpeft::Arguments& arguments, const Number* x) {
-  const int64_t width = arguments.width(0);
-  const float *scales = arguments.at(1), *dy = arguments.at(2);
-  sum_over_rows(arguments.rows(0), width, arguments.at(3), [=](int64_t row, float* sums) {
-    const Number* in = x + row * width;
-    const float *d = dy + row * width, scale = scales[row];
-    for (int64_t i = 0; i < width; ++i) sums[i] += d[i] * number(in[i]) * scale;
-  });
-}
-
-}  // namespace
-
-// x, in floats or bfloat16s, scale, dy -> dweight
-MINDPEFT_KERNEL(rms_norm_grad_weight) {
-  arguments.read(0, [&](const auto* x) { rms_norm_weight_gradient(arguments, x); });
-}
-
-// x, weight, bias, eps -> y, mean (rows), scale (rows): 1 / sqrt(variance + eps), and x to be kept
-MINDPEFT_KERNEL(layer_norm) {
-  const int64_t rows = arguments.rows(0), width = arguments.width(0);
-  const float *x = arguments.at(0), *weight = arguments.at(1), *bias = arguments.at(2), eps = *arguments.at(3);
-  float *y = arguments.at(4), *means = arguments.at(5), *scales = arguments.at(6);
-  in_parallel(rows, least_rows(width), [=](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const float* in = x + row * width;
-      float* out = y + row * width;
-      float sum = 0, squares = 0;
+float mean_of(const float* x, int64_t width) {
+  float sum = 0;
 #pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < width; ++i) sum += in[i];
-      const float mean = sum / width;
+  for (int64_t i = 0; i < width; ++i) sum += x[i];
+  return sum / width;
+}
+
+float mean_square(const float* x, float mean, int64_t width) {
+  float squares = 0;
 #pragma omp simd reduction(+ : squares)
-      for (int64_t i = 0; i < width; ++i) squares += (in[i] - mean) * (in[i] - mean);
-      const float scale = 1.0f / std::sqrt(squares / width + eps);
-      means[row] = mean;
-      scales[row] = scale;
-      for (int64_t i = 0; i < width; ++i) out[i] = (in[i] - mean) * scale * weight[i] + bias[i];
-    }
-  });
-  keep_input(arguments, 7);
+  for (int64_t i = 0; i < width; ++i) squares += (x[i] - mean) * (x[i] - mean);
+  return squares / width;
 }
 
-namespace {
+template <bool centred>
+void norm_row(const Norm& norm, int64_t row) {
+  const int64_t width = norm.width;
+  const float *in = input_row(norm, row), *weight = norm.weight, *bias = norm.bias;
+  float* out = norm.y + row * width;
+  if (norm.kept != nullptr) {
+    bfloat16* kept = norm.kept + row * width;
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) kept[i] = narrow(in[i]);
+  }
+  const float mean = centred ? mean_of(in, width) : 0;
+  const float scale = 1.0f / std::sqrt(mean_square(in, mean, width) + norm.eps);
+  if (centred) norm.means[row] = mean;
+  norm.scales[row] = scale;
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) {
+    const float normed = (in[i] - mean) * scale * weight[i];
+    out[i] = centred ? normed + bias[i] : normed;
+  }
+}
 
+template <bool centred>
+void forward(const Arguments& arguments, bool of_sum) {
+  const Norm norm = norm_of(arguments, centred, of_sum);
+  in_parallel(arguments.rows(0), least_rows(norm.width), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) norm_row<centred>(norm, row);
+  });
+}
+
+// The tensors of one backward pass; null where there are none.
 template <typename Number>
-void layer_norm_gradient(const mindpeft::Arguments& arguments, const Number* x) {
-  const int64_t rows = arguments.rows(0), width = arguments.width(0);
-  const float *weight = arguments.at(1), *means = arguments.at(2), *scales = arguments.at(3);
-  const float* dy = arguments.at(4);
-  float* dx = arguments.at(5);
-  in_parallel(rows, least_rows(width), [=](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const Number* in = x + row * width;
-      const float *d = dy + row * width, mean = means[row], scale = scales[row];
-      float* out = dx + row * width;
-      float sum = 0, shared = 0;
+struct Gradient {
+  int64_t width;
+  const Number* x;
+  const float *weight, *means, *scales, *dy, *dsum;
+  float* dx;
+};
+
+template <bool centred, typename Number>
+void gradient_row(const Gradient<Number>& gradient, int64_t row) {
+  const int64_t width = gradient.width, begin = row * width;
+  const Number* in = gradient.x + begin;
+  const float *d = gradient.dy + begin, *weight = gradient.weight;
+  const float mean = centred ? gradient.means[row] : 0, scale = gradient.scales[row];
+  float* out = gradient.dx + begin;
+  float sum = 0, shared = 0;
 #pragma omp simd reduction(+ : sum, shared)
-      for (int64_t i = 0; i < width; ++i) {
-        const float part = d[i] * weight[i];
-        sum += part;
-        shared += part * (number(in[i]) - mean);
-      }
-      const float level = sum / width, factor = shared * scale * scale / width;
-      for (int64_t i = 0; i < width; ++i) {
-        out[i] = (d[i] * weight[i] - level - (number(in[i]) - mean) * factor) * scale;
-      }
-    }
+  for (int64_t i = 0; i < width; ++i) {
+    const float part = d[i] * weight[i];
+    if (centred) sum += part;
+    shared += part * (number(in[i]) - mean);
+  }
+  const float level = sum / width, factor = shared * scale * scale / width;
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) {
+    out[i] = (d[i] * weight[i] - level - (number(in[i]) - mean) * factor) * scale;
+  }
+  if (gradient.dsum == nullptr) return;
+  const float* more = gradient.dsum + begin;
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) out[i] += more[i];
+}
+
+// x, in floats or bfloat16s, weight, mean if it is centred, scale, dy, dsum if x went elsewhere too -> dx
+template <bool centred>
+void backward(const Arguments& arguments) {
+  arguments.read(0, [&](const auto* x) {
+    Gradient<std::decay_t<decltype(*x)>> gradient{};
+    int next = 1;
+    gradient.width = arguments.width(0);
+    gradient.x = x;
+    gradient.weight = arguments.at(next++);
+    if (centred) gradient.means = arguments.at(next++);
+    gradient.scales = arguments.at(next++);
+    gradient.dy = arguments.at(next++);
+    if (next + 1 < arguments.count()) gradient.dsum = arguments.at(next++);
+    gradient.dx = arguments.at(next);
+    in_parallel(arguments.rows(0), least_rows(gradient.width), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) gradient_row<centred>(gradient, row);
+    });
   });
 }
 
-}  // namespace
-
-// x, in floats or bfloat16s, weight, mean, scale, dy -> dx
-MINDPEFT_KERNEL(layer_norm_grad) {
-  arguments.read(0, [&](const auto* x) { layer_norm_gradient(arguments, x); });
-}
-
-namespace {
-
-template <typename Number>
-void layer_norm_weight_gradient(const mindpeft::Arguments& arguments, const Number* x) {
+// x, in floats or bfloat16s, mean if it is centred, scale, dy -> dweight
+template <bool centred>
+void backward_weight(const Arguments& arguments) {
   const int64_t width = arguments.width(0);
-  const float *means = arguments.at(1), *scales = arguments.at(2), *dy = arguments.at(3);
-  sum_over_rows(arguments.rows(0), width, arguments.at(4), [=](int64_t row, float* sums) {
-    const Number* in = x + row * width;
-    const float *d = dy + row * width, mean = means[row], scale = scales[row];
-    for (int64_t i = 0; i < width; ++i) sums[i] += d[i] * (number(in[i]) - mean) * scale;
+  const float *means = arguments.at(1), *scales = arguments.at(centred + 1), *dy = arguments.at(centred + 2);
+  float* dweight = arguments.at(centred + 3);
+  arguments.read(0, [&](const auto* x) {
+    sum_over_rows(arguments.rows(0), width, dweight, [=](int64_t row, float* sums) {
+      const auto* in = x + row * width;
+      const float *d = dy + row * width, mean = centred ? means[row] : 0, scale = scales[row];
+      for (int64_t i = 0; i < width; ++i) sums[i] += d[i] * (number(in[i]) - mean) * scale;
+    });
   });
 }
 
 }  // namespace
 
-// x, in floats or bfloat16s, mean, scale, dy -> dweight
-MINDPEFT_KERNEL(layer_norm_grad_weight) {
-  arguments.read(0, [&](const auto* x) { layer_norm_weight_gradient(arguments, x); });
-}
+// x, weight, eps -> y, scale (rows): 1 / sqrt(mean(x^2) + eps), and a copy of x
+MINDPEFT_KERNEL(rms_norm) { forward<kRms>(arguments, false); }
+
+// x, weight, bias, eps -> y, mean (rows), scale (rows): 1 / sqrt(variance + eps), and a copy of x
+MINDPEFT_KERNEL(layer_norm) { forward<kLayer>(arguments, false); }
+
+// x, residual, and what a norm of their sum takes -> what that gives; the sum and a copy of it are asked for singly
+MINDPEFT_KERNEL(rms_norm_of_sum) { forward<kRms>(arguments, true); }
+MINDPEFT_KERNEL(layer_norm_of_sum) { forward<kLayer>(arguments, true); }
+
+// x, weight, scale, dy, and dsum -> dx
+MINDPEFT_KERNEL(rms_norm_grad) { backward<kRms>(arguments); }
+
+// x, weight, mean, scale, dy, and dsum -> dx
+MINDPEFT_KERNEL(layer_norm_grad) { backward<kLayer>(arguments); }
+
+// x, scale, dy -> dweight
+MINDPEFT_KERNEL(rms_norm_grad_weight) { backward_weight<kRms>(arguments); }
+
+// x, mean, scale, dy -> dweight
+MINDPEFT_KERNEL(layer_norm_grad_weight) { backward_weight<kLayer>(arguments); }
 
 // x -> the sum over all axes but the last: the gradient of a bias
 MINDPEFT_KERNEL(sum_rows) {
