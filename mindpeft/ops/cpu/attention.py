@@ -11,6 +11,7 @@ from mindpeft.ops.cpu.dropout import NO_NOISE
 from mindpeft.ops.cpu.library import Kernel, kernel, must_fit, setting
 
 Shape = Sequence[int]
+_KEYS_AT_ONCE = 256  # kKeys of src/attention.h; of no more keys the backward pass needs no output
 
 
 def _mixed(q: Shape, k: Shape, v: Shape, *_) -> tuple[Shape, ...]:
@@ -23,7 +24,7 @@ def _mixed(q: Shape, k: Shape, v: Shape, *_) -> tuple[Shape, ...]:
 
 def _mixed_and_kept(q: Shape, k: Shape, v: Shape, *_) -> tuple[Shape, ...]:
     out, logs = _mixed(q, k, v)
-    return out, logs, q, k, v, out
+    return out, logs, q, k, v, out if k[2] > _KEYS_AT_ONCE else (1,)
 
 
 def _mixed_only(q: Shape, k: Shape, v: Shape, *_) -> Shape:
@@ -32,6 +33,13 @@ def _mixed_only(q: Shape, k: Shape, v: Shape, *_) -> Shape:
 
 def _inputs(q: Shape, k: Shape, v: Shape, *_) -> tuple[Shape, ...]:
     return q, k, v
+
+
+def _needed(out: tuple[Tensor, ...], k: Tensor, less: bool) -> Tensor:
+    """What stands for the output in the backward pass: what is kept anyway, where that is not read."""
+    if less:
+        return out[5]
+    return out[0] if k.shape[2] > _KEYS_AT_ONCE else out[1]
 
 
 def _forward(name: str, gradients: Callable, less: bool) -> ops.Custom:
@@ -48,7 +56,7 @@ class AttentionKernel(Kernel):
     Args:
         scale: of the scores.
         softcap: their bound, 0 for none.
-        less: keep q, k, v and out for the backward pass in bfloat16, as four more outputs.
+        less: keep q, k, v and, of many keys, out for the backward pass in bfloat16, as four more outputs.
     """
 
     def __init__(self, scale: float, softcap: float, less: bool = False):
@@ -58,7 +66,8 @@ class AttentionKernel(Kernel):
         backward = kernel("attention_grad", _inputs, 3)
 
         def gradients(q, k, v, settings, noise, out, dout):
-            q, k, v, mixed = out[2:] if less else (q, k, v, out[0])
+            mixed = _needed(out, k, less)
+            q, k, v = out[2:5] if less else (q, k, v)
             dq, dk, dv = backward(q, k, v, settings, noise, mixed, out[1], dout[0])
             return dq, dk, dv, ops.zeros_like(settings), ops.zeros_like(noise)
 
@@ -85,7 +94,8 @@ class MaskedAttentionKernel(Kernel):
         backward = kernel("masked_attention_grad", _inputs, 3)
 
         def gradients(q, k, v, mask, settings, noise, out, dout):
-            q, k, v, mixed = out[2:] if less else (q, k, v, out[0])
+            mixed = _needed(out, k, less)
+            q, k, v = out[2:5] if less else (q, k, v)
             dq, dk, dv = backward(q, k, v, mask, settings, noise, mixed, out[1], dout[0])
             return dq, dk, dv, ops.zeros_like(mask), ops.zeros_like(settings), ops.zeros_like(noise)
 

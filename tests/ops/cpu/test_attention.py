@@ -40,10 +40,11 @@ def test_equals_torch(kernels, family, seed):
 
 @pytest.mark.parametrize("cap", [0.0, 2.0])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("length", [1, 7])
-def test_cells(length, masked, cap):
-    mask = MASKS["some"](Random(0), (2, 1, length, 17)) if masked else None
-    case = case_of(length, 17, mask, cap)
+@pytest.mark.parametrize(("length", "keys"), [(1, 17), (7, 17), (7, 256), (7, 257)])
+def test_cells(length, keys, masked, cap):
+    """Up to 256 keys their backward pass does without the output."""
+    mask = MASKS["some"](Random(0), (2, 1, length, keys)) if masked else None
+    case = case_of(length, keys, mask, cap)
     cell = (MaskedAttentionKernel if masked else AttentionKernel)(0.5, cap)
     more = [Tensor(case.fixed[0])] if masked else []
     more.append(Tensor(SILENCE))

@@ -140,14 +140,16 @@ void attend_all(const Problem& problem, float* out, float* logs) {
   });
 }
 
-// q, k, v and what comes out are kept for the backward pass, if the call asks for it: as outputs more, in bfloat16s.
+// q, k, v and what comes out are kept for the backward pass, if the call asks for it: as outputs more, in bfloat16s. Of
+// what comes out one number is, where the backward pass reads none.
 void forward(const mindpeft::Arguments& arguments, int settings, int mask) {
   const int outputs = settings + 2;
   attend_all(Problem(arguments, settings, mask), arguments.at(outputs), arguments.at(outputs + 1));
   if (arguments.count() == outputs + 2) return;
   int kept = outputs + 2;
   for (const int tensor : {0, 1, 2, outputs}) {
-    mindpeft::keep(arguments.size(tensor), arguments.at(tensor), arguments.at<mindpeft::bfloat16>(kept++));
+    const int64_t count = std::min(arguments.size(tensor), arguments.size(kept));
+    mindpeft::keep(count, arguments.at(tensor), arguments.at<mindpeft::bfloat16>(kept++));
   }
 }
 

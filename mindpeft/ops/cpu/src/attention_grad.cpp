@@ -16,7 +16,15 @@ using mindpeft::Matrix;
 using mindpeft::multiply;
 using mindpeft::Problem;
 
-// Backward for one head of keys and some of its keys. dq is added to.
+float dot(const float* a, const float* b, int64_t count) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+// Backward for one head of keys and some of its keys. dq is added to. What a query's weights share in their gradients
+// need not be known where one block holds all keys: it is the sum of the weights times their gradients, too.
 class Backward {
  public:
   Backward(const Problem& problem, const float* logs, const float* dout, const float* shared)
@@ -71,7 +79,7 @@ class Backward {
     drop(problem_, block, dscores);
     for (int64_t i = 0; i < block.queries; ++i) {
       float *d = dscores + i * kKeys, *weight = weights + i * kKeys, *slope = slopes + i * kKeys;
-      const float shared = shared_[query_row + i];
+      const float shared = shared_ == nullptr ? dot(d, weight, block.keys) : shared_[query_row + i];
       for (int64_t j = 0; j < block.keys; ++j) d[j] = weight[j] * (d[j] - shared);
       if (problem_.cap > 0.0f) {
         for (int64_t j = 0; j < block.keys; ++j) d[j] *= slope[j];
@@ -115,10 +123,7 @@ void share_of_rows(const Problem& problem, const float* out, const float* dout, 
       const int64_t text = place / problem.length, query = place % problem.length;
       for (int64_t head = 0; head < problem.heads; ++head) {
         const int64_t at = place * row + head * problem.value_size;
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < problem.value_size; ++i) sum += out[at + i] * dout[at + i];
-        shared[(text * problem.heads + head) * problem.length + query] = sum;
+        shared[(text * problem.heads + head) * problem.length + query] = dot(out + at, dout + at, problem.value_size);
       }
     }
   });
@@ -131,8 +136,9 @@ void backward(const mindpeft::Arguments& arguments, const Problem& problem, int 
   const int64_t heads = problem.batch * problem.key_heads, blocks = (problem.keys + kKeys - 1) / kKeys;
   // Where there are fewer heads than threads, several take the keys of one; each adds to a dq of its own.
   const int64_t pieces = std::clamp<int64_t>((mindpeft::thread_count() + heads - 1) / std::max<int64_t>(heads, 1), 1, std::max<int64_t>(blocks, 1));
-  const mindpeft::Shared shared(problem.batch * problem.heads * problem.length), more((pieces - 1) * query_numbers);
-  share_of_rows(problem, out, dout, shared.data());
+  const mindpeft::Shared memory(problem.batch * problem.heads * problem.length), more((pieces - 1) * query_numbers);
+  float* shared = out == nullptr ? nullptr : memory.data();
+  if (out != nullptr) share_of_rows(problem, out, dout, shared);
   std::fill(dq, dq + query_numbers, 0.0f);
   std::fill(more.data(), more.data() + (pieces - 1) * query_numbers, 0.0f);
   std::fill(dk, dk + heads * problem.keys * problem.size, 0.0f);
@@ -140,7 +146,7 @@ void backward(const mindpeft::Arguments& arguments, const Problem& problem, int 
   mindpeft::run_tasks(heads * pieces, [&](int64_t task) {
     const int64_t piece = task % pieces, head = task / pieces;
     float* mine = piece == 0 ? dq : more.data() + (piece - 1) * query_numbers;
-    Backward(problem, logs, dout, shared.data())
+    Backward(problem, logs, dout, shared)
         .run(head / problem.key_heads, head % problem.key_heads, blocks * piece / pieces * kKeys,
              std::min(problem.keys, blocks * (piece + 1) / pieces * kKeys), mine, dk, dv);
   });
@@ -163,14 +169,18 @@ class Restored : public mindpeft::Shared {
 void backward(const mindpeft::Arguments& arguments, int settings, int mask) {
   const Problem problem(arguments, settings, mask);
   const int inputs = settings + 2;  // of out, logs, dout; then come dq, dk, dv
-  if (!arguments.is_bfloat16(0)) return backward(arguments, problem, inputs, arguments.at(inputs));
-  const Restored q(arguments, 0), k(arguments, 1), v(arguments, 2), out(arguments, inputs);
-  backward(arguments, problem.of(q.data(), k.data(), v.data()), inputs, out.data());
+  const bool has_out = problem.keys > kKeys;
+  if (!arguments.is_bfloat16(0)) return backward(arguments, problem, inputs, has_out ? arguments.at(inputs) : nullptr);
+  const Restored q(arguments, 0), k(arguments, 1), v(arguments, 2);
+  const auto restored = problem.of(q.data(), k.data(), v.data());
+  if (!has_out) return backward(arguments, restored, inputs, nullptr);
+  backward(arguments, restored, inputs, Restored(arguments, inputs).data());
 }
 
 }  // namespace
 
-// q, k, v, settings, noise, out, logs, dout -> dq, dk, dv; q, k, v and out in floats or bfloat16s
+// q, k, v, settings, noise, out, logs, dout -> dq, dk, dv; q, k, v and out in floats or bfloat16s. Up to kKeys keys, out
+// is not read, and anything may stand for it.
 MINDPEFT_KERNEL(attention_grad) { backward(arguments, 3, -1); }
 // q, k, v, mask, settings, noise, out, logs, dout -> dq, dk, dv
 MINDPEFT_KERNEL(masked_attention_grad) { backward(arguments, 4, 3); }
