@@ -23,12 +23,6 @@ bool worthwhile(int64_t m, int64_t n, int64_t k, bool bfloat);
 void multiply(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Matrix b, float keep, float* c,
               int64_t stride);
 
-// The same on all threads for up to 16 rows of floats and the transpose of a weight of bfloat16s, which is read once,
-// at the speed of the memory; the rows are split into three parts, so nothing is rounded. Returns whether it was
-// done: it is not where sizes do not fit, or a number is not finite.
-bool few_rows(int64_t m, int64_t n, int64_t k, float scale, const Matrix& a, const Matrix& b, float keep, float* c,
-              int64_t stride);
-
 // The same on all threads for 3 to 16 rows of floats and the transpose of a weight of bfloat16s, which is read once,
 // at the speed of the memory; the rows are split into two parts, so 16 of their bits count. Returns whether it was
 // done: it is not where the sizes do not fit, or a number is not finite.

@@ -14,18 +14,27 @@ constexpr int64_t kHalf = kSide / 2, kFewest = 3;
 
 // Few rows of x in two parts: for each step of the depth a tile of each, or one of both where they fit beside each
 // other.
-bool pack_few(const Side& x, int64_t m, int64_t k, bool joined, bfloat16* to) {
+void pack_few(const Side& x, int64_t m, int64_t k, bool joined, bfloat16* to) {
   alignas(64) bfloat16 parts[2 * kTile];
-  bool finite = true;
   for (int64_t depth = 0; depth < k; depth += kDepth) {
-    finite &= pack_tile<2>(x, 0, m, depth, kDepth, false, joined ? parts : to, kTile);
+    pack_tile<2, false>(x, 0, m, depth, kDepth, joined ? parts : to, kTile);
     for (int64_t i = 0; joined && i < kTile; i += kDepth) {
       const auto low = _mm256_load_si256(reinterpret_cast<const __m256i*>(parts + kTile + i));
       _mm512_store_si512(to + i, _mm512_inserti64x4(_mm512_load_si512(parts + i), low, 1));
     }
     to += (joined ? 1 : 2) * kTile;
   }
-  return finite;
+}
+
+bool all_finite(const Side& x, int64_t m, int64_t k) {
+  constexpr int kNoNumber = 0x99;  // infinities, and what is not a number
+  __mmask16 found = 0;
+  for (int64_t row = 0; row < m; ++row) {
+    for (int64_t i = 0; i < k; i += kSide) {
+      found |= _mm512_fpclass_ps_mask(_mm512_loadu_ps(x.at<float>(row, i)), kNoNumber);
+    }
+  }
+  return found == 0;
 }
 
 // Two times 16 rows of a weight, read as they lie in memory, times few rows of x: sums (2, 16, 16).
@@ -74,10 +83,12 @@ void put_turned(const float* sums, int64_t m, bool joined, int64_t from, float s
 bool few_rows(int64_t m, int64_t n, int64_t k, float scale, const Matrix& a, const Matrix& b, float keep, float* c,
               int64_t stride) {
   if (!available() || m < kFewest || m > kSide || n < kSide || k == 0 || k % kDepth != 0) return false;
+  const Side rows = side_of_a(a);
+  if (!all_finite(rows, m, k)) return false;
   const bool joined = m <= kHalf;
   const Shared memory((joined ? 1 : 2) * kSide * k / 2);
   auto* packed = reinterpret_cast<bfloat16*>(memory.data());
-  if (!pack_few(side_of_a(a), m, k, joined, packed)) return false;
+  pack_few(rows, m, k, joined, packed);
   const auto* weight = static_cast<const bfloat16*>(b.data);
   move_to_large_pages(weight, n * b.stride * sizeof(bfloat16));
   in_parallel((n + kSide - 1) / kSide, std::max<int64_t>(1, 16384 / (kSide * k)), [&](int64_t begin, int64_t end) {

@@ -66,38 +66,42 @@ inline __mmask16 first(int64_t count) {
   return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, kSide)) - 1u);
 }
 
-// Two times 16 floats become a line of bfloat16s, one after the other or interlaced: rounded, or as many lines as they
-// have parts, each what the ones before it leave; three hold every bit. Returns whether all of them are finite; if they are only rounded, no one needs to know.
-template <int kParts>
-inline bool to_line(__m512 left, __m512 right, bool interlaced, Words* line) {
+// Bits 16 to 31 of two times 16 floats, one after the other or interlaced: bfloat16s nearer to zero.
+inline Words cut(Words left, Words right, bool interlaced) {
   alignas(64) static constexpr uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
                                                       23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
                                                       45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-  constexpr int kNoNumber = 0x99;  // infinities, and what is not a number
-  const Words half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-  const auto rounded = [&](__m512 x) { return _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(x), half), upper); };
-  bool finite = true;
-  for (int i = 0; i < kParts; ++i) {
-    const Words a = rounded(left), b = rounded(right);
-    if (i == 0) {  // a number near the largest may be rounded to infinity
-      finite = (_mm512_fpclass_ps_mask(_mm512_castsi512_ps(a), kNoNumber) |
-                _mm512_fpclass_ps_mask(_mm512_castsi512_ps(b), kNoNumber)) == 0;
-    }
-    line[i] = interlaced ? _mm512_or_si512(_mm512_srli_epi32(a, 16), b)
-                         : _mm512_permutex2var_epi16(a, _mm512_load_si512(kUpper), b);
-    left = _mm512_sub_ps(left, _mm512_castsi512_ps(a));
-    right = _mm512_sub_ps(right, _mm512_castsi512_ps(b));
-  }
-  return finite;
+  if (!interlaced) return _mm512_permutex2var_epi16(left, _mm512_load_si512(kUpper), right);
+  constexpr int kFirstOrBoth = 0xf8;
+  const Words upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  return _mm512_ternarylogic_epi32(_mm512_srli_epi32(left, 16), right, upper, kFirstOrBoth);
 }
 
-template <>
-inline bool to_line<1>(__m512 left, __m512 right, bool interlaced, Words* line) {
+// The same numbers rounded.
+inline Words rounded(Words left, Words right, bool interlaced) {
   alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(line[0]) : "v"(left), "v"(right));
-  if (interlaced) line[0] = _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), line[0]);
-  return true;
+  Words line;
+  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(line) : "v"(left), "v"(right));
+  return interlaced ? _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), line) : line;
+}
+
+// What cutting leaves of 16 floats.
+inline Words rest(Words floats) {
+  const Words upper = _mm512_and_si512(floats, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
+  return _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(floats), _mm512_castsi512_ps(upper)));
+}
+
+// Two times 16 floats become a line of bfloat16s in each of its parts: each holds eight bits of what the ones before
+// it leave, the last is rounded. Three hold every bit; of an infinity, and of what is no number, one is no number.
+template <int kParts>
+inline void to_line(Words left, Words right, bool interlaced, Words* line) {
+  for (int part = 0; part < kParts - 1; ++part) {
+    line[part] = cut(left, right, interlaced);
+    left = rest(left);
+    right = rest(right);
+  }
+  line[kParts - 1] = kParts < 3 ? rounded(left, right, interlaced) : cut(left, right, interlaced);
 }
 
 // What is packed: rows of a or columns of b, `across` apart in memory, and their depth, `along` apart; one is 1.
@@ -112,55 +116,72 @@ struct Side {
   }
 };
 
-// One line of a tile as it lies in memory, in each of its parts; returns whether all are finite.
-template <int kParts>
-inline bool read_deep(const Side& side, int64_t place, int64_t depth, int64_t deep, Words* line) {
-  if (side.bfloat) {
-    const auto mask = static_cast<__mmask32>((uint64_t{1} << std::min(deep, kDepth)) - 1);
-    line[0] = _mm512_maskz_loadu_epi16(mask, side.at<bfloat16>(place, depth));
-    return true;
-  }
+// 16 x 16 floats as they lie in memory, zeros behind the end: a vector is one place's depths if kAlong, or else one
+// depth's places.
+template <bool kAlong>
+inline void read_square(const Side& side, int64_t place, int64_t wide, int64_t depth, int64_t deep, Words* rows) {
+  const int64_t count = kAlong ? wide : deep;
+  const __mmask16 mask = first(kAlong ? deep : wide);
   const float* from = side.at<float>(place, depth);
-  return to_line<kParts>(_mm512_maskz_loadu_ps(first(deep), from),
-                         _mm512_maskz_loadu_ps(first(deep - kSide), from + kSide), false, line);
+  for (int64_t i = 0; i < kSide; ++i, from += kAlong ? side.across : side.along) {
+    rows[i] = i < count ? _mm512_castps_si512(_mm512_maskz_loadu_ps(mask, from)) : _mm512_setzero_si512();
+  }
 }
 
-template <int kParts>
-inline bool read_wide(const Side& side, int64_t place, int64_t wide, int64_t depth, int64_t deep, Words* line) {
-  const __mmask16 even = deep > 0 ? first(wide) : 0, odd = deep > 1 ? first(wide) : 0;
-  if (side.bfloat) {
-    const bfloat16* from = side.at<bfloat16>(place, depth);
-    const Words low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(even, from));
-    const Words high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(odd, from + side.along));
-    line[0] = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-    return true;
+template <int kParts, bool kLines, bool kAlong>
+void pack_floats(const Side& side, int64_t place, int64_t wide, int64_t depth, int64_t deep, bfloat16* to,
+                 int64_t part_step) {
+  Words floats[2 * kSide];
+  for (int64_t half = 0; half < 2; ++half) {
+    read_square<kAlong>(side, place, wide, depth + half * kSide, deep - half * kSide, floats + half * kSide);
+    if (kAlong != kLines) transpose(floats + half * kSide);
   }
-  const float* from = side.at<float>(place, depth);
-  return to_line<kParts>(_mm512_maskz_loadu_ps(even, from), _mm512_maskz_loadu_ps(odd, from + side.along), true, line);
+  for (int64_t i = 0; i < kSide; ++i) {
+    Words line[kParts];
+    const int64_t left = kLines ? i : 2 * i, right = kLines ? kSide + i : 2 * i + 1;
+    to_line<kParts>(floats[left], floats[right], !kLines, line);
+    for (int part = 0; part < kParts; ++part) _mm512_store_si512(to + part * part_step + i * kDepth, line[part]);
+  }
+}
+
+// One line of a tile of bfloat16s as it lies in memory.
+inline Words read_deep(const Side& side, int64_t place, int64_t depth, int64_t deep) {
+  const auto mask = static_cast<__mmask32>((uint64_t{1} << std::min(deep, kDepth)) - 1);
+  return _mm512_maskz_loadu_epi16(mask, side.at<bfloat16>(place, depth));
+}
+
+// Two depths of it, interlaced.
+inline Words read_wide(const Side& side, int64_t place, int64_t wide, int64_t depth, int64_t deep) {
+  const __mmask16 even = first(wide), odd = deep > 1 ? first(wide) : 0;
+  const bfloat16* from = side.at<bfloat16>(place, depth);
+  const Words low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(even, from));
+  const Words high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(odd, from + side.along));
+  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+template <bool kLines, bool kAlong>
+void pack_bfloats(const Side& side, int64_t place, int64_t wide, int64_t depth, int64_t deep, bfloat16* to) {
+  Words rows[kSide] = {};
+  for (int64_t i = 0; i < kSide; ++i) {
+    if (kAlong && i < wide) rows[i] = read_deep(side, place + i, depth, deep);
+    if (!kAlong && 2 * i < deep) rows[i] = read_wide(side, place, wide, depth + 2 * i, deep - 2 * i);
+  }
+  if (kAlong != kLines) transpose(rows);
+  for (int64_t i = 0; i < kSide; ++i) _mm512_store_si512(to + i * kDepth, rows[i]);
 }
 
 // Packs `wide` rows of a (or columns of b) from `place` on, and `deep` of their depth; what the tile has more is
-// zero. `lines` tells that a tile's rows are those of a, rather than interlaced rows of b.
-template <int kParts>
-bool pack_tile(const Side& side, int64_t place, int64_t wide, int64_t depth, int64_t deep, bool lines,
-               bfloat16* to, int64_t part_step) {
-  Words rows[kParts][kSide];
-  bool finite = true;
-  const bool contiguous = side.along == 1;
-  for (int64_t i = 0; i < kSide; ++i) {
-    Words line[kParts] = {};
-    if (contiguous) {
-      if (i < wide) finite &= read_deep<kParts>(side, place + i, depth, deep, line);
-    } else if (2 * i < deep) {
-      finite &= read_wide<kParts>(side, place, wide, depth + 2 * i, deep - 2 * i, line);
-    }
-    for (int part = 0; part < kParts; ++part) rows[part][i] = line[part];
+// zero. kLines tells that a tile's rows are those of a, rather than interlaced rows of b.
+template <int kParts, bool kLines>
+void pack_tile(const Side& side, int64_t place, int64_t wide, int64_t depth, int64_t deep, bfloat16* to,
+               int64_t part_step) {
+  const bool along = side.along == 1;
+  if (side.bfloat) {
+    (along ? pack_bfloats<kLines, true> : pack_bfloats<kLines, false>)(side, place, wide, depth, deep, to);
+  } else {
+    (along ? pack_floats<kParts, kLines, true> : pack_floats<kParts, kLines, false>)(side, place, wide, depth, deep,
+                                                                                     to, part_step);
   }
-  for (int part = 0; part < kParts; ++part) {
-    if (contiguous != lines) transpose(rows[part]);
-    for (int64_t i = 0; i < kSide; ++i) _mm512_store_si512(to + part * part_step + i * kDepth, rows[part][i]);
-  }
-  return finite;
 }
 
 inline Side side_of_a(const Matrix& a) {
