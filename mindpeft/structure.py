@@ -127,6 +127,8 @@ class _Structure:
 
     def of_other(self, value: Any) -> tuple:
         """Among them Cells and parameters that stand elsewhere, of which a shared graph reads one for all."""
+        if isinstance(value, nn.Cell) and id(value) in self.seen:  # stands in here, too
+            return self.of_cell(value)
         return "object", id(value)
 
 

@@ -128,6 +128,15 @@ def test_a_parameter_in_two_places_is_not_two_parameters():
     assert structure(one) != structure(other)
 
 
+def test_a_cell_that_is_a_child_elsewhere_in_the_layer():
+    one, other, outside = Layer(), Layer(), Linear(3, 3)
+    for layer in (one, other):
+        object.__setattr__(layer, "again", layer.dense)
+    assert structure(one) == structure(other)
+    object.__setattr__(other, "again", outside)
+    assert structure(one) != structure(other)
+
+
 def test_shapes_tell_apart():
     assert structure(Layer(size=3)) != structure(Layer(size=4))
 
@@ -161,12 +170,14 @@ def test_a_failed_compilation_leaves_no_mark():
     assert not any(hasattr(layer, "cell_init_args") for layer in stack.layers)
 
 
-def losses(folder, monkeypatch, switch: str, target: str | list[str], share: float = 0.0) -> list[float]:
+def losses(
+    folder, monkeypatch, switch: str, target: str | list[str], share: float = 0.0, **config
+) -> list[float]:
     monkeypatch.setenv(SWITCH, switch)
     ms.set_seed(3)
     dropout = {"attention_dropout": share} if share else {}  # GPT-2 has another name for it
     model = AutoModelForCausalLM.from_pretrained(folder, **dropout)
-    config = LoraConfig(target_modules=target, r=4, init_lora_weights=False, lora_dropout=share)
+    config = LoraConfig(target_modules=target, r=4, init_lora_weights=False, lora_dropout=share, **config)
     model = get_peft_model(model, config)
     seed_dropout(model, 5)
     optimizer = AdamW(model)
@@ -205,6 +216,14 @@ def test_training_with_dropout_is_the_same_bit_for_bit(kernels, tmp_path, monkey
     assert found != losses(tmp_path, monkeypatch, "1", "all-linear")
 
 
+def test_training_of_layers_that_read_a_child_of_a_child_is_the_same_bit_for_bit(tmp_path, monkeypatch):
+    """DoRA's layers know the cell at the bottom of those around which they are."""
+    make_decoder("llama", tmp_path, num_hidden_layers=4)
+    found = losses(tmp_path, monkeypatch, "1", "all-linear", use_dora=True)
+    assert found == losses(tmp_path, monkeypatch, "0", "all-linear", use_dora=True)
+    assert found != losses(tmp_path, monkeypatch, "1", "all-linear")
+
+
 @pytest.mark.parametrize("share", [0.0, 0.1])
 def test_layers_with_dropout_are_equal(share, tmp_path):
     make_decoder("llama", tmp_path, num_hidden_layers=3)
@@ -225,9 +244,10 @@ def test_layers_with_dropout_draw_numbers_of_their_own():
         np.testing.assert_array_equal(out, gradient)
 
 
-def test_parameters_alone_differ_between_equal_layers_with_adapters(tmp_path):
+@pytest.mark.parametrize("dora", [False, True])
+def test_parameters_alone_differ_between_equal_layers_with_adapters(dora, tmp_path):
     make_decoder("llama", tmp_path, num_hidden_layers=3)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    get_peft_model(model, LoraConfig(target_modules="all-linear"))
+    get_peft_model(model, LoraConfig(target_modules="all-linear", use_dora=dora))
     assert len({structure(layer) for layer in model.model.layers}) == 1
     assert isinstance(model.model.layers[0].mlp.up_proj.lora_A.weight, Parameter)
