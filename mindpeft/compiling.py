@@ -8,8 +8,8 @@ from typing import Any
 from mindspore import nn
 
 from mindpeft.compile_cache import CompileCache
+from mindpeft.hidden_parameters import HiddenParameters
 from mindpeft.memory import release_freed_memory
-from mindpeft.ops.random import Salts
 from mindpeft.shared_layers import SharedLayers
 
 
@@ -24,8 +24,8 @@ class CompiledCell(nn.Cell):
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile for arguments like these, unless that was done before."""
-        with Salts() as salts, SharedLayers() as sharing, CompileCache() as cache:
-            compilation = _Compilation(salts, sharing, cache, (*args, *sorted(kwargs.items())))
+        with HiddenParameters() as hidden, SharedLayers() as sharing, CompileCache() as cache:
+            compilation = _Compilation(hidden, sharing, cache, (*args, *sorted(kwargs.items())))
             object.__setattr__(self, "_compilation", compilation)
             try:
                 super().compile(*args, **kwargs)
@@ -44,14 +44,16 @@ class CompiledCell(nn.Cell):
 class _Compilation:
     """What a compilation needs, if there is one."""
 
-    def __init__(self, salts: Salts, sharing: SharedLayers, cache: CompileCache, arguments: tuple):
-        self.salts, self.sharing, self.cache, self.arguments = salts, sharing, cache, arguments
+    def __init__(
+        self, hidden: HiddenParameters, sharing: SharedLayers, cache: CompileCache, arguments: tuple
+    ):
+        self.hidden, self.sharing, self.cache, self.arguments = hidden, sharing, cache, arguments
         self.began = False
 
     def begin(self, cell: nn.Cell) -> None:
         """Let MindSpore find the cache, and equal layers if it will not find the graph there."""
         self.began = True
-        self.salts.show(cell)
+        self.hidden.show(cell)
         if not self.cache.open(cell, self.arguments):
             self.sharing.mark(cell)
 

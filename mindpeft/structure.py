@@ -21,6 +21,8 @@ _MOST_NUMBERS = 1 << 20  # of a constant that is compared by value, not by who i
 _REPEATED = {"instance_name", "init_attrs", "log_prefix", "supported_targets", "supported_func_type"}
 _OTHER = object()
 _UNSET = vars(nn.Cell())  # what a Cell holds that nobody has changed anything of
+_PLAIN = frozenset({type(None), type(...), bool, int, float, str, bytes})
+_CONTAINERS = frozenset({dict, list, tuple})
 _SIMPLE = (bool, int, float, str, bytes, ms.Type, np.dtype)
 # What MindSpore notes in Cells and operators about their place and their compilations.
 _BOOKKEEPING = frozenset(
@@ -72,7 +74,7 @@ class _Structure:
         self.seen[id(cell)] = len(self.seen)
         parameters = [(name, self.of_parameter(value)) for name, value in cell._params.items()]
         children = [(name, self.of_cell(child)) for name, child in cell._cells.items()]
-        unread = {*_BOOKKEEPING, *getattr(cell, "NOT_IN_GRAPH", ())}
+        unread = {*_BOOKKEEPING, *getattr(cell, "NOT_IN_GRAPH", ()), *getattr(cell, "HIDDEN", ())}
         unread.update(name for name, value in vars(cell).items() if _UNSET.get(name, _OTHER) is value)
         return self.of_class(type(cell)), parameters, children, self.of_attributes(cell, unread)
 
@@ -85,24 +87,25 @@ class _Structure:
         return tuple(parameter.shape), str(parameter.dtype), parameter.requires_grad
 
     def of_attributes(self, value: Any, unread: Iterable[str]) -> tuple:
-        return self.of({name: item for name, item in vars(value).items() if name not in unread})
+        return tuple((name, self.of(item)) for name, item in vars(value).items() if name not in unread)
 
     def of(self, value: Any) -> tuple:
         """All about a value that is no child of a Cell."""
-        if (
-            value is None
-            or value is ...
-            or isinstance(value, bool | int | float | str | bytes | ms.Type | np.dtype)
-        ):
-            return type(value).__name__, repr(value)
+        kind = type(value)
+        if kind in _PLAIN:  # most are
+            return kind.__name__, value
+        if kind in _CONTAINERS and not value:
+            return kind.__name__, ()
+        if isinstance(value, _SIMPLE):
+            return kind.__name__, repr(value)
         if isinstance(value, Tensor | np.ndarray) and not isinstance(value, Parameter):
             return self.of_numbers(value)
         if isinstance(value, ops.Primitive):
             return self.of_class(type(value)), self.of_attributes(value, _REPEATED | value.attrs.keys())
         if isinstance(value, dict):
-            return "dict", [(repr(key), self.of(item)) for key, item in value.items()]
+            return "dict", [(self.of(key), self.of(item)) for key, item in value.items()]
         if isinstance(value, list | tuple):
-            return type(value).__name__, [self.of(item) for item in value]
+            return kind.__name__, [self.of(item) for item in value]
         if isinstance(value, types.FunctionType):
             return self.of_function(value)
         return self.of_other(value)
@@ -133,7 +136,7 @@ class _Structure:
 
 
 # Kinds that are no more than their attributes.
-_PLAIN = (ops.GradOperation, JitConfig)
+_ATTRIBUTES_ALONE = (ops.GradOperation, JitConfig)
 
 
 class _CannotTell(Exception):
@@ -182,7 +185,7 @@ class _LastingStructure(_Structure):
             return self.of_class(type(value)), value.name
         if isinstance(value, type):
             return "class", self.of_class(value)
-        if dataclasses.is_dataclass(value) or isinstance(value, _PLAIN):
+        if dataclasses.is_dataclass(value) or isinstance(value, _ATTRIBUTES_ALONE):
             return self.of_class(type(value)), self.of_attributes(value, ())
         raise _CannotTell(type(value))
 

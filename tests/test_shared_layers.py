@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn, ops
 
-from mindpeft import LoraConfig, get_peft_model
+from mindpeft import LoraConfig, OFTConfig, PrefixTuningConfig, get_peft_model
 from mindpeft.compiling import CompiledCell
+from mindpeft.config import PeftConfig
 from mindpeft.models import AutoModelForCausalLM
 from mindpeft.nn import Linear
 from mindpeft.ops.dropout import dropout, seed_dropout
@@ -170,14 +171,16 @@ def test_a_failed_compilation_leaves_no_mark():
     assert not any(hasattr(layer, "cell_init_args") for layer in stack.layers)
 
 
-def losses(
-    folder, monkeypatch, switch: str, target: str | list[str], share: float = 0.0, **config
-) -> list[float]:
+def losses(folder, monkeypatch, switch: str, target: str | list[str], share: float = 0.0) -> list[float]:
+    config = LoraConfig(target_modules=target, r=4, init_lora_weights=False, lora_dropout=share)
+    return losses_of(config, folder, monkeypatch, switch, share)
+
+
+def losses_of(config: PeftConfig, folder, monkeypatch, switch: str, share: float = 0.0) -> list[float]:
     monkeypatch.setenv(SWITCH, switch)
     ms.set_seed(3)
     dropout = {"attention_dropout": share} if share else {}  # GPT-2 has another name for it
     model = AutoModelForCausalLM.from_pretrained(folder, **dropout)
-    config = LoraConfig(target_modules=target, r=4, init_lora_weights=False, lora_dropout=share, **config)
     model = get_peft_model(model, config)
     seed_dropout(model, 5)
     optimizer = AdamW(model)
@@ -216,12 +219,22 @@ def test_training_with_dropout_is_the_same_bit_for_bit(kernels, tmp_path, monkey
     assert found != losses(tmp_path, monkeypatch, "1", "all-linear")
 
 
-def test_training_of_layers_that_read_a_child_of_a_child_is_the_same_bit_for_bit(tmp_path, monkeypatch):
-    """DoRA's layers know the cell at the bottom of those around which they are."""
+OTHERS = {
+    # Its layers know the cell at the bottom of those around which they are.
+    "DoRA": lambda: LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False, use_dora=True),
+    "OFT": lambda: OFTConfig(target_modules="all-linear", oft_block_size=4),
+    # Its layers know what stands around the model, and which part of it is theirs.
+    "prefix tuning": lambda: PrefixTuningConfig(num_virtual_tokens=3),
+    "with an MLP": lambda: PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True),
+}
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_training_by_other_methods_is_the_same_bit_for_bit(method, tmp_path, monkeypatch):
     make_decoder("llama", tmp_path, num_hidden_layers=4)
-    found = losses(tmp_path, monkeypatch, "1", "all-linear", use_dora=True)
-    assert found == losses(tmp_path, monkeypatch, "0", "all-linear", use_dora=True)
-    assert found != losses(tmp_path, monkeypatch, "1", "all-linear")
+    found = [losses_of(OTHERS[method](), tmp_path, monkeypatch, switch) for switch in "10"]
+    assert found[0] == found[1]
+    assert found[0][0] > found[0][-1]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1])
@@ -244,10 +257,16 @@ def test_layers_with_dropout_draw_numbers_of_their_own():
         np.testing.assert_array_equal(out, gradient)
 
 
-@pytest.mark.parametrize("dora", [False, True])
-def test_parameters_alone_differ_between_equal_layers_with_adapters(dora, tmp_path):
+@pytest.mark.parametrize(("method", "kinds"), [(name, 3 if name == "with an MLP" else 1) for name in OTHERS])
+def test_parameters_alone_differ_between_equal_layers_with_adapters(method, kinds, tmp_path):
     make_decoder("llama", tmp_path, num_hidden_layers=3)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    get_peft_model(model, LoraConfig(target_modules="all-linear", use_dora=dora))
-    assert len({structure(layer) for layer in model.model.layers}) == 1
+    get_peft_model(model, OTHERS[method]())
+    assert len({structure(layer) for layer in model.model.layers}) == kinds
+
+
+def test_adapters_are_children_of_the_layers(tmp_path):
+    make_decoder("llama", tmp_path, num_hidden_layers=2)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    get_peft_model(model, LoraConfig(target_modules="all-linear"))
     assert isinstance(model.model.layers[0].mlp.up_proj.lora_A.weight, Parameter)

@@ -19,6 +19,7 @@ from mindspore import nn, ops
 
 from mindpeft.config import PeftType, register_method
 from mindpeft.errors import InputError
+from mindpeft.hidden_parameters import hide
 from mindpeft.ops.activations import tanh
 from mindpeft.ops.attention import Attention, with_past
 from mindpeft.ops.linear import linear
@@ -107,7 +108,7 @@ class PrefixEncoder(ModelLayer, SharedSlot):
         if "inputs_embeds" in self.argument_names:
             self.embeds_place = self.argument_names.index("inputs_embeds")
         self.layers = 0  # attention cells around which a layer was put, each with its number
-        self.tanh = tanh()
+        self.tanh, self.gather = tanh(), ops.Gather()
 
     @classmethod
     def tensor_shapes(cls, site: Site) -> Shapes:
@@ -148,11 +149,11 @@ class PrefixEncoder(ModelLayer, SharedSlot):
         self.encodes = OUTPUT not in self.slot_shapes
         return changed
 
-    def rows(self, layer: int, name: str) -> ms.Tensor:
+    def rows(self, layer: ms.Tensor, name: str) -> ms.Tensor:
         """A layer's keys, then its values, (T, 2 * width); runs inside a graph.
 
         Args:
-            layer: its number.
+            layer: its number, (1,).
             name: the same as text.
         """
         if self.encodes:
@@ -161,8 +162,9 @@ class PrefixEncoder(ModelLayer, SharedSlot):
             # Written here for each layer, but the graph computes it once.
             hidden = self.tanh(linear(encoder.embedding.weight, encoder.first.weight, encoder.first.bias))
             return linear(hidden, last.weight, last.bias)
-        width = self.prompt_embeddings.shape[1] // self.layers
-        return self.prompt_embeddings[:, layer * width : (layer + 1) * width]
+        count, width = self.prompt_embeddings.shape
+        states = ops.reshape(self.prompt_embeddings, (count, self.layers, width // self.layers))
+        return ops.reshape(self.gather(states, layer, 1), (count, width // self.layers))
 
     def tokens(self) -> int:
         """T."""
@@ -189,6 +191,13 @@ class PrefixAttention(TunerLayer):
     """Puts one layer's prefix in front of the keys and values of its attention."""
 
     GATED: ClassVar[bool] = False  # whether it takes gates together with the mask
+    HIDDEN: ClassVar[tuple[str, ...]] = ("layer",)
+
+    @property
+    def NOT_IN_GRAPH(self) -> tuple[str, ...]:
+        """An MLP's last layers are looked up by their names."""
+        names = super().NOT_IN_GRAPH
+        return names if self.shared.encodes else (*names, "layer_name")
 
     def __init__(
         self,
@@ -204,7 +213,8 @@ class PrefixAttention(TunerLayer):
         super().__init__(base_layer, path, shapes, dtype, number)
         # No child: it stands around the model that holds this layer.
         object.__setattr__(self, "shared", shared)
-        self.layer, self.layer_name = shared.layers, str(shared.layers)
+        self.layer_name = str(shared.layers)
+        hide(self, "layer", ms.Tensor([shared.layers], ms.int32), f"{path}.{number}.layer")
         shared.layers += 1
         self.tile = ops.Tile()
 

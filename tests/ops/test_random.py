@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from mindspore import nn
 
+from mindpeft.hidden_parameters import HiddenParameters
 from mindpeft.ops.dropout import dropout, seed_dropout
-from mindpeft.ops.random import SaltedCell, Salts
+from mindpeft.ops.random import SaltedCell
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def salts(model: nn.Cell) -> dict[str, np.ndarray]:
 
 def test_a_graph_has_them_and_a_model_has_not(model):
     assert not list(model.get_parameters())
-    with Salts() as shown:
+    with HiddenParameters() as shown:
         shown.show(model)
         names = [parameter.name for parameter in model.get_parameters()]
         assert sorted(names) == sorted(salts(model))
