@@ -36,7 +36,7 @@ def test_equals_torch(width, size, interleaved):
     cos, sin = tables(size, interleaved)
     sin = sin * signs(size, interleaved)
     rotate = Rotate(size, interleaved)
-    found = run(lambda value, c, s: rotate(value, c, s), x, cos, sin)[:2]
+    found = run(rotate, x, cos, sin)[:2]
 
     def plain(value, cos, sin):
         turned, rest = value[..., :size], value[..., size:]

@@ -19,7 +19,7 @@ def _mixed(q: Shape, k: Shape, v: Shape, *_) -> tuple[Shape, ...]:
     must_fit(q, k)
     if (k[0], k[0], k[1], k[2]) != (batch, *v[:3]) or heads % k[1]:
         raise ValueError(f"queries {tuple(q)}, keys {tuple(k)} and values {tuple(v)} don't fit each other")
-    return (batch, length, heads * v[-1]), (batch, heads, length)
+    return (batch, length, heads * v[-1]), (2, batch, heads, length)
 
 
 def _mixed_and_kept(q: Shape, k: Shape, v: Shape, *_) -> tuple[Shape, ...]:
@@ -51,7 +51,7 @@ class AttentionKernel(Kernel):
     """``(out, logs)``: q (batch, heads, length, size), k and v (batch, key heads, keys, size),
     noise of `mindpeft.ops.cpu.dropout.Noise`.
 
-    out is (batch, length, heads * size); logs (batch, heads, length) is for the backward pass.
+    out is (batch, length, heads * size); logs (2, batch, heads, length) is for the backward pass.
 
     Args:
         scale: of the scores.

@@ -226,7 +226,7 @@ def _attention(kernels: Kernels, name, *inputs, noise=SILENCE):
     q, k, v = inputs[:3]
     inputs = (*inputs, noise)
     batch, heads, length, _ = q.shape
-    to = [(batch, length, heads * v.shape[-1]), (batch, heads, length)]
+    to = [(batch, length, heads * v.shape[-1]), (2, batch, heads, length)]
     out, logs = kernels.compute(name, *inputs, to=to)
     dout = cotangent(out.shape)
     to = [q.shape, k.shape, v.shape]

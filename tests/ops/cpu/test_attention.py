@@ -95,7 +95,18 @@ def test_a_row_hidden_twice_weighs_alike_what_is_hidden_once(kernels, length):
 def test_one_key_of_many_blocks_is_seen(kernels, length, seen):
     mask = np.full((1, 1, 1, 600), LOWEST)
     mask[..., seen] = 0
-    assert_as_torch(kernels, case_of(length, 600, mask))
+    case = case_of(length, 600, mask)
+    assert_as_torch(kernels, case)
+    assert not case.run(kernels)[1].any()  # where there is no choice, a query makes no difference
+
+
+@pytest.mark.parametrize("keys", [256, 600])
+def test_high_scores_cost_no_digits(kernels, keys):
+    """The logarithm of a sum of exponentials of 4,096 would be rounded to 5e-4."""
+    mask = Random(2).normal(2, 1, 65, keys).round() + 4096
+    case = case_of(65, keys, mask)
+    case.inputs[0][:] = 0  # nothing is rounded where these are added
+    assert error(case.run(kernels), expectation(case)) < 3e-6
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

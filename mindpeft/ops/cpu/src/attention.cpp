@@ -44,9 +44,13 @@ float take_in(float* row, int64_t count, float& most, float& sum) {
   return kept;
 }
 
-// The logarithm of a row's sum of exponentials; -infinity for one that saw no key.
-float log_of_sum(float most, float sum) {
-  return most < kHidden && sum == sum ? -INFINITY : most + std::log(sum);
+// What the backward pass needs of a query: its highest score, -infinity if it saw no key, and the logarithm of the sum
+// of exponentials beyond that. Added up they would lose digits where scores are high. Returns whether it saw no key.
+bool note(const Problem& problem, float most, float sum, float* logs) {
+  const bool blind = most < kHidden && sum == sum;
+  logs[0] = blind ? -INFINITY : sum == sum ? most : NAN;
+  logs[problem.all_queries()] = std::log(sum);
+  return blind;
 }
 
 void scale_row(float* row, int64_t count, float factor) {
@@ -90,8 +94,7 @@ bool attend(const Problem& problem, Block block, bool skip, float* out, int64_t 
     for (int64_t j = 0; j < problem.value_size; ++j) {
       out[i * out_step + j] = mixed[i * problem.value_size + j] / sums[i];
     }
-    logs[i] = log_of_sum(most[i], sums[i]);
-    blind |= logs[i] == -INFINITY;
+    blind |= note(problem, most[i], sums[i], logs + i);
   }
   return blind;
 }
@@ -124,7 +127,7 @@ void attend_with_one(const Problem& problem, int64_t text, int64_t head, float* 
     if (share == 0.0f) continue;
     for (int64_t i = 0; i < problem.value_size; ++i) out[i] += share * values[j * problem.value_size + i];
   }
-  *logs = log_of_sum(most, sum);
+  note(problem, most, sum, logs);
 }
 
 void attend_all(const Problem& problem, float* out, float* logs) {
@@ -169,14 +172,14 @@ void forward_with_cache(const mindpeft::Arguments& arguments, bool first, int ou
   const int64_t place = first ? 0 : *arguments.at<int32_t>(8);
   put(problem.k, heads, problem.keys, problem.size, arguments.at(6), room, place);
   put(problem.v, heads, problem.keys, problem.value_size, arguments.at(7), room, place);
-  const mindpeft::Shared logs(problem.batch * problem.heads * problem.length);
+  const mindpeft::Shared logs(2 * problem.all_queries());
   attend_all(first ? problem : problem.on(arguments.at(6), arguments.at(7), room), arguments.at(out), logs.data());
 }
 
 }  // namespace
 
-// q, k, v, settings, noise -> out, logs (batch, heads, length): of the sums of the scores' exponentials; and q, k, v
-// and out to be kept
+// q, k, v, settings, noise -> out, logs (2, batch, heads, length): each query's highest score, and the logarithm of the
+// sum of exponentials of the scores' distances to it; and q, k, v and out to be kept
 MINDPEFT_KERNEL(attention) { forward(arguments, 3, -1); }
 // q, k, v, mask, settings, noise -> the same
 MINDPEFT_KERNEL(masked_attention) { forward(arguments, 4, 3); }

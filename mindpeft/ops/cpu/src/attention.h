@@ -49,6 +49,7 @@ struct Problem {
   }
 
   int64_t group() const { return heads / key_heads; }
+  int64_t all_queries() const { return batch * heads * length; }
   // What tells the noise of one query's weights.
   uint32_t noise_row(int64_t text, int64_t head, int64_t row) const {
     return noise.row((text * heads + head) * length + row);

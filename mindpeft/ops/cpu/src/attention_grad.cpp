@@ -16,6 +16,8 @@ using mindpeft::Matrix;
 using mindpeft::multiply;
 using mindpeft::Problem;
 
+constexpr float kNothing = 3e-7f;  // of a sum of weights, which is 1
+
 float dot(const float* a, const float* b, int64_t count) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -23,8 +25,16 @@ float dot(const float* a, const float* b, int64_t count) {
   return sum;
 }
 
+float sum_of(const float* row, int64_t count) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) sum += row[i];
+  return sum;
+}
+
 // Backward for one head of keys and some of its keys. dq is added to. What a query's weights share in their gradients
-// need not be known where one block holds all keys: it is the sum of the weights times their gradients, too.
+// is the sum of the weights times their gradients, too. Where one block holds all keys that weigh anything it is taken
+// from there: no output has to be kept, and of a query that sees few keys nothing is left where all cancels.
 class Backward {
  public:
   Backward(const Problem& problem, const float* logs, const float* dout, const float* shared)
@@ -43,9 +53,11 @@ class Backward {
 
  private:
   void step(Block block, float* dq, float* dk, float* dv) {
-    const float* logs = logs_ + (block.text * problem_.heads + block.head) * problem_.length + block.query;
+    const float* most = logs_ + (block.text * problem_.heads + block.head) * problem_.length + block.query;
+    const float* logs = most + problem_.all_queries();
     // Queries that saw no key, or that are not numbers, change hidden keys too.
-    const bool all = std::any_of(logs, logs + block.queries, [](float log) { return !(log > -INFINITY); });
+    bool all = false;
+    for (int64_t i = 0; i < block.queries; ++i) all |= most[i] == -INFINITY || logs[i] != logs[i];
     if (!all) {
       block = block.near(problem_);
       if (hidden(problem_, block)) return;
@@ -59,10 +71,10 @@ class Backward {
     const int64_t key_row = (block.text * problem_.key_heads + block.head / problem_.group()) * problem_.keys + block.key;
     const int64_t query_row = (block.text * problem_.heads + block.head) * problem_.length + block.query;
     for (int64_t i = 0; i < block.queries; ++i) {
-      if (logs[i] == -INFINITY) {
+      if (most[i] == -INFINITY) {
         even_weights(block, block.query + i, weights + i * kKeys);
       } else {
-        to_weights(weights + i * kKeys, block.keys, logs[i]);
+        to_weights(weights + i * kKeys, block.keys, most[i], logs[i]);
       }
     }
     const float* mixing = weights;
@@ -79,7 +91,9 @@ class Backward {
     drop(problem_, block, dscores);
     for (int64_t i = 0; i < block.queries; ++i) {
       float *d = dscores + i * kKeys, *weight = weights + i * kKeys, *slope = slopes + i * kKeys;
-      const float shared = shared_ == nullptr ? dot(d, weight, block.keys) : shared_[query_row + i];
+      const float total = sum_of(weight, block.keys);
+      const bool here = shared_ == nullptr || std::fabs(total - 1.0f) < kNothing;
+      const float shared = here ? dot(d, weight, block.keys) / total : shared_[query_row + i];
       for (int64_t j = 0; j < block.keys; ++j) d[j] = weight[j] * (d[j] - shared);
       if (problem_.cap > 0.0f) {
         for (int64_t j = 0; j < block.keys; ++j) d[j] *= slope[j];
@@ -106,9 +120,9 @@ class Backward {
     for (int64_t j = 0; j < block.keys; ++j) row[j] = mask[block.key + j] == most ? share : 0.0f;
   }
 
-  void to_weights(float* row, int64_t count, float log) const {
+  void to_weights(float* row, int64_t count, float most, float log) const {
 #pragma omp simd
-    for (int64_t j = 0; j < count; ++j) row[j] = mindpeft::exponential(row[j] - log);
+    for (int64_t j = 0; j < count; ++j) row[j] = mindpeft::exponential(row[j] - most - log);
   }
 
   const Problem& problem_;
@@ -136,7 +150,7 @@ void backward(const mindpeft::Arguments& arguments, const Problem& problem, int 
   const int64_t heads = problem.batch * problem.key_heads, blocks = (problem.keys + kKeys - 1) / kKeys;
   // Where there are fewer heads than threads, several take the keys of one; each adds to a dq of its own.
   const int64_t pieces = std::clamp<int64_t>((mindpeft::thread_count() + heads - 1) / std::max<int64_t>(heads, 1), 1, std::max<int64_t>(blocks, 1));
-  const mindpeft::Shared memory(problem.batch * problem.heads * problem.length), more((pieces - 1) * query_numbers);
+  const mindpeft::Shared memory(problem.all_queries()), more((pieces - 1) * query_numbers);
   float* shared = out == nullptr ? nullptr : memory.data();
   if (out != nullptr) share_of_rows(problem, out, dout, shared);
   std::fill(dq, dq + query_numbers, 0.0f);
