@@ -19,7 +19,7 @@ bool worthwhile(int64_t m, int64_t n, int64_t k, bool bfloat);
 
 // c (m, n) = scale a (m, k) b (k, n) + keep c on this thread alone, for a of floats. Where b holds bfloat16s, a is
 // rounded to them. Where b holds floats, all numbers are split into three bfloat16s, which hold every bit; of the
-// nine products of parts the three smallest, below 2^-23 of the whole, are left out.
+// nine products of parts the three smallest, below 2^-21 of the whole, are left out.
 void multiply(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Matrix b, float keep, float* c,
               int64_t stride);
 
