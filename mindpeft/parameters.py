@@ -8,6 +8,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn
 
+from mindpeft.ops.device import synchronize
+
 # MindSpore's classic cells name parameters differently from torch.
 CLASSIC_NAMES = {
     "gamma": "weight",
@@ -29,7 +31,7 @@ def assign(parameter: ms.Parameter, value: np.ndarray) -> None:
     """
     # Not `ops.assign`, which takes no bfloat16 on the CPU.
     parameter.copy_(ms.Tensor(value).astype(parameter.dtype))
-    ms.runtime.synchronize()  # or tensors wait in line for their copy, each in memory
+    synchronize()  # or tensors wait in line for their copy, each in memory
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from mindspore import nn
 from mindpeft.convert.checkpoint import Checkpoint
 from mindpeft.convert.tensors import FLOATS, RawTensor, dtype_name
 from mindpeft.errors import InputError
-from mindpeft.ops.device import on_cpu
+from mindpeft.ops.device import on_cpu, synchronize
 
 if TYPE_CHECKING:
     from mindpeft.nn.int8 import Int8Linear
@@ -234,7 +234,7 @@ def _fill(parameter: ms.Parameter, checkpoint: Checkpoint, source: str, by_rows:
         parameter.set_data(value)
     else:
         parameter.copy_(value)
-        ms.runtime.synchronize()  # or tensors wait in line for their copy, each in memory
+        synchronize()  # or tensors wait in line for their copy, each in memory
 
 
 def _mapped(parameter: ms.Parameter, checkpoint: Checkpoint, source: str) -> RawTensor | None:
