@@ -6,7 +6,6 @@ import ctypes
 import functools
 import logging
 import os
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,10 +114,11 @@ def _processor_features() -> dict[str, bool]:
 
 def _load_products() -> None:
     """Load the oneDNN that MindSpore brings; the kernels look for it in the process."""
-    suffix = "libdnnl.dylib" if platform.system() == "Darwin" else "libdnnl.so.3"
-    path = Path(ms.__file__).parent / "lib" / suffix
-    if path.is_file():
-        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    for name in ("libdnnl.so.3", "libdnnl.so.2", "libdnnl.dylib"):
+        path = Path(ms.__file__).parent / "lib" / name
+        if path.is_file():
+            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+            return
 
 
 class Kernel(nn.Cell):

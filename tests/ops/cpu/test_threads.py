@@ -15,7 +15,7 @@ from tests.ops.cpu import sweep
 from tests.ops.cpu.expected import error, expectation
 
 ROOT = Path(__file__).resolve().parents[3]
-PRODUCTS = Path(ms.__file__).parent / "lib" / "libdnnl.so.3"
+PRODUCTS = next((Path(ms.__file__).parent / "lib").glob("libdnnl.so.[23]"), None)
 COUNT = 3
 # (build, with oneDNN, threads); the build is the one in use where it has no name
 RUNS = [("", True, count) for count in (1, 2, 3, 8, 64)] + [
@@ -34,8 +34,8 @@ def expected() -> sweep.Results:
 def test_equals_torch(tmp_path, expected, build, products, threads):
     path = Path(library().path)
     path = path.with_name(f"kernels_{build}.so") if build else path
-    if not path.is_file() or (products and not PRODUCTS.is_file()):
-        pytest.skip(f"{path.name} or {PRODUCTS.name} is absent here")
+    if not path.is_file() or (products and PRODUCTS is None):
+        pytest.skip(f"{path.name} or oneDNN is absent here")
     out = tmp_path / "results.npz"
     command = [
         sys.executable,

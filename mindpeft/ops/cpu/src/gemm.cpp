@@ -35,7 +35,7 @@ struct Products {
   BfloatProduct bfloats = nullptr;  // only where it is fast
 
   Products() {
-    void* library = dlopen("libdnnl.so.3", RTLD_NOW | RTLD_NOLOAD);
+    void* library = products_library();
     if (library == nullptr) return;
     floats = reinterpret_cast<FloatProduct>(dlsym(library, "dnnl_threadpool_interop_sgemm"));
     if (!multiplies_bfloats()) return;
@@ -173,6 +173,13 @@ void widened_product(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Mat
 }
 
 }  // namespace
+
+void* products_library() {
+  for (const char* name : {"libdnnl.so.3", "libdnnl.so.2"}) {
+    if (void* library = dlopen(name, RTLD_NOW | RTLD_NOLOAD); library != nullptr) return library;
+  }
+  return nullptr;
+}
 
 void multiply(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Matrix b, float keep, float* c,
               int64_t stride) {

@@ -27,6 +27,9 @@ struct Matrix {
   }
 };
 
+// The oneDNN that MindSpore has loaded, or null: version 3, or in MindSpore before 2.10 version 2.
+void* products_library();
+
 // c (m, n) = scale a (m, k) b (k, n) + keep c, for floats, on this thread alone.
 void multiply(int64_t m, int64_t n, int64_t k, float scale, Matrix a, Matrix b, float keep, float* c,
               int64_t stride);

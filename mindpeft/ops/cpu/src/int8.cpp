@@ -31,7 +31,7 @@ bool multiplies_bytes() {
 }
 
 ByteProduct find_byte_product() {
-  void* library = multiplies_bytes() ? dlopen("libdnnl.so.3", RTLD_NOW | RTLD_NOLOAD) : nullptr;
+  void* library = multiplies_bytes() ? mindpeft::products_library() : nullptr;
   if (library == nullptr) return nullptr;
   const auto found = reinterpret_cast<ByteProduct>(dlsym(library, "dnnl_threadpool_interop_gemm_u8s8s32"));
   const uint8_t two = 130;
