@@ -27,7 +27,7 @@ struct Matrix {
   }
 };
 
-// The oneDNN that MindSpore has loaded, or null: version 3, or in MindSpore before 2.10 version 2.
+// The oneDNN that MindSpore has loaded, or null: version 3 in MindSpore 2.10, version 2 in 2.7.
 void* products_library();
 
 // c (m, n) = scale a (m, k) b (k, n) + keep c, for floats, on this thread alone.
