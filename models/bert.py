@@ -13,7 +13,7 @@ from mindpeft.errors import InputError
 from mindpeft.models.config import PretrainedConfig
 from mindpeft.models.pretrained import PreTrainedModel
 from mindpeft.nn import Embedding, LayerNorm, Linear, empty_parameter, norm_of_sum
-from mindpeft.nn.checkpointing import CheckpointingStack
+from mindpeft.nn.encoder import EncoderStack
 from mindpeft.ops.activations import activation, tanh
 from mindpeft.ops.attention import AdditiveMask, Attention, SplitHeads
 from mindpeft.ops.checks import check_length
@@ -96,8 +96,8 @@ class BertSelfAttention(nn.Cell):
         self.split_heads = SplitHeads(heads)
         self.attention = Attention(heads, width // heads, config.attention_probs_dropout_prob)
 
-    def construct(self, hidden, mask=None):
-        query = self.split_heads(self.query(hidden))
+    def construct(self, hidden, mask=None, queries=None):
+        query = self.split_heads(self.query(hidden if queries is None else queries))
         key = self.split_heads(self.key(hidden))
         value = self.split_heads(self.value(hidden))
         return self.attention(query, key, value, mask)
@@ -124,8 +124,8 @@ class BertAttention(nn.Cell):
         self.self = BertSelfAttention(config)
         self.output = BertOutput(config, config.hidden_size)
 
-    def construct(self, hidden, mask=None):
-        return self.output(self.self(hidden, mask), hidden)
+    def construct(self, hidden, mask=None, queries=None):
+        return self.output(self.self(hidden, mask, queries), hidden if queries is None else queries)
 
 
 class BertIntermediate(nn.Cell):
@@ -141,7 +141,7 @@ class BertIntermediate(nn.Cell):
 
 
 class BertLayer(nn.Cell):
-    """One encoder layer."""
+    """One encoder layer, as `EncoderStack` calls it."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -149,24 +149,16 @@ class BertLayer(nn.Cell):
         self.intermediate = BertIntermediate(config)
         self.output = BertOutput(config, config.intermediate_size)
 
-    def construct(self, hidden, mask=None):
-        hidden = self.attention(hidden, mask)
+    def construct(self, hidden, mask=None, queries=None):
+        hidden = self.attention(hidden, mask, queries)
         return self.output(self.intermediate(hidden), hidden)
 
 
-class BertEncoder(CheckpointingStack):
-    """The stack of layers; returns the hidden states before the first layer and after each."""
+class BertEncoder(EncoderStack):
+    """The stack of layers."""
 
     def __init__(self, config: BertConfig):
-        super().__init__()
-        self.layer = nn.CellList([BertLayer(config) for _ in range(config.num_hidden_layers)])
-
-    def construct(self, hidden, mask=None):
-        states = (hidden,)
-        for layer in self.layer:
-            hidden = self.called(layer, hidden, mask)
-            states = (*states, hidden)
-        return states
+        super().__init__(BertLayer(config) for _ in range(config.num_hidden_layers))
 
 
 class BertPooler(nn.Cell):
@@ -213,6 +205,7 @@ class BertModel(BertPreTrainedModel):
         position_ids=None,
         inputs_embeds=None,
         output_hidden_states=False,
+        first_only=False,
     ):
         """Encode tokens.
 
@@ -224,6 +217,8 @@ class BertModel(BertPreTrainedModel):
             position_ids: (batch, length) integers, 0, 1, 2, ... if None.
             inputs_embeds: (batch, length, hidden) in place of the word embeddings of input_ids.
             output_hidden_states: a constant of the graph.
+            first_only: a constant of the graph: last_hidden_state may be that of the first token alone,
+                (batch, 1, hidden), for which less is computed.
 
         Returns:
             ``(last_hidden_state, pooled)``, pooled (batch, hidden) or None without a pooler; with
@@ -232,7 +227,7 @@ class BertModel(BertPreTrainedModel):
         hidden = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         length = hidden.shape[1]
         mask = None if attention_mask is None else self.additive_mask(attention_mask, length, hidden.dtype)
-        states = self.encoder(hidden, mask)
+        states = self.encoder(hidden, mask, first_only)
         pooled = None if self.pooler is None else self.pooler(states[-1])
         if output_hidden_states:
             return states[-1], pooled, states
@@ -273,7 +268,8 @@ class BertForSequenceClassification(BertPreTrainedModel):
 
         The other arguments are those of :class:`BertModel`.
         """
-        pooled = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)[1]
+        inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+        pooled = self.bert(*inputs, first_only=True)[1]
         logits = self.classifier(self.dropout(pooled))
         if labels is None:
             return logits

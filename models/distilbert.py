@@ -13,7 +13,7 @@ from mindpeft.errors import InputError
 from mindpeft.models.config import PretrainedConfig
 from mindpeft.models.pretrained import PreTrainedModel
 from mindpeft.nn import Embedding, LayerNorm, Linear, norm_of_sum
-from mindpeft.nn.checkpointing import CheckpointingStack
+from mindpeft.nn.encoder import EncoderStack
 from mindpeft.ops.activations import activation
 from mindpeft.ops.attention import AdditiveMask, Attention, SplitHeads
 from mindpeft.ops.checks import check_length
@@ -93,8 +93,8 @@ class DistilBertSelfAttention(nn.Cell):
         self.split_heads = SplitHeads(config.n_heads)
         self.attention = Attention(config.n_heads, config.dim // config.n_heads, config.attention_dropout)
 
-    def construct(self, hidden, mask=None):
-        query = self.split_heads(self.q_lin(hidden))
+    def construct(self, hidden, mask=None, queries=None):
+        query = self.split_heads(self.q_lin(hidden if queries is None else queries))
         key = self.split_heads(self.k_lin(hidden))
         value = self.split_heads(self.v_lin(hidden))
         return self.out_lin(self.attention(query, key, value, mask))
@@ -115,7 +115,7 @@ class FFN(nn.Cell):
 
 
 class TransformerBlock(nn.Cell):
-    """One encoder layer."""
+    """One encoder layer, as `EncoderStack` calls it."""
 
     def __init__(self, config: DistilBertConfig):
         super().__init__()
@@ -124,24 +124,17 @@ class TransformerBlock(nn.Cell):
         self.ffn = FFN(config)
         self.output_layer_norm = LayerNorm(config.dim, _EPS)
 
-    def construct(self, hidden, mask=None):
-        hidden = norm_of_sum(self.sa_layer_norm, self.attention(hidden, mask), hidden)
+    def construct(self, hidden, mask=None, queries=None):
+        residual = hidden if queries is None else queries
+        hidden = norm_of_sum(self.sa_layer_norm, self.attention(hidden, mask, queries), residual)
         return norm_of_sum(self.output_layer_norm, self.ffn(hidden), hidden)
 
 
-class Transformer(CheckpointingStack):
-    """The stack of layers; returns the hidden states before the first layer and after each."""
+class Transformer(EncoderStack):
+    """The stack of layers."""
 
     def __init__(self, config: DistilBertConfig):
-        super().__init__()
-        self.layer = nn.CellList([TransformerBlock(config) for _ in range(config.n_layers)])
-
-    def construct(self, hidden, mask=None):
-        states = (hidden,)
-        for layer in self.layer:
-            hidden = self.called(layer, hidden, mask)
-            states = (*states, hidden)
-        return states
+        super().__init__(TransformerBlock(config) for _ in range(config.n_layers))
 
 
 class DistilBertPreTrainedModel(PreTrainedModel):
@@ -172,12 +165,13 @@ class DistilBertModel(DistilBertPreTrainedModel):
         position_ids=None,
         inputs_embeds=None,
         output_hidden_states=False,
+        first_only=False,
     ):
         """Return the hidden states (batch, length, dim); the arguments are those of BERT's model."""
         hidden = self.embeddings(input_ids, position_ids, inputs_embeds)
         length = hidden.shape[1]
         mask = None if attention_mask is None else self.additive_mask(attention_mask, length, hidden.dtype)
-        states = self.transformer(hidden, mask)
+        states = self.transformer(hidden, mask, first_only)
         return (states[-1], states) if output_hidden_states else states[-1]
 
 
@@ -202,7 +196,7 @@ class DistilBertForSequenceClassification(DistilBertPreTrainedModel):
         inputs_embeds=None,
     ):
         """The arguments are those of BERT's classifier."""
-        hidden = self.distilbert(input_ids, attention_mask, position_ids, inputs_embeds)
+        hidden = self.distilbert(input_ids, attention_mask, position_ids, inputs_embeds, first_only=True)
         pooled = self.relu(self.pre_classifier(hidden[:, 0]))
         logits = self.classifier(self.dropout(pooled))
         if labels is None:

@@ -98,7 +98,8 @@ class RobertaForSequenceClassification(BertPreTrainedModel):
         inputs_embeds=None,
     ):
         """The arguments are those of `BertForSequenceClassification`."""
-        hidden = self.roberta(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)[0]
+        inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+        hidden = self.roberta(*inputs, first_only=True)[0]
         logits = self.classifier(hidden)
         if labels is None:
             return logits

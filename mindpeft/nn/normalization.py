@@ -7,10 +7,9 @@ import mindspore.nn as nn
 import numpy as np
 from mindspore import Tensor
 
+from mindpeft.nn.hooks import is_listened_to
 from mindpeft.nn.parameter import empty_parameter
 from mindpeft.ops.normalization import layer_norm, rms_norm
-
-_HOOKS = ("_forward_pre_hook", "_forward_hook", "_backward_pre_hook", "_backward_hook")
 
 
 class Norm(nn.Cell):
@@ -26,7 +25,7 @@ class Norm(nn.Cell):
     @property
     def takes_sums(self) -> bool:
         """Whether nobody wants to see its calls."""
-        return not any(getattr(self, hooks, None) for hooks in _HOOKS)
+        return not is_listened_to(self)
 
 
 class LayerNorm(Norm):

@@ -157,6 +157,11 @@ class BottleneckLayer(HalfLayer):
             setattr(self, key, dropout(rate).set_train(self.training))
         return bool(changed)
 
+    @property
+    def mixes_tokens(self) -> bool:
+        """Whether it looks at all tokens of a text at once: see `mindpeft.nn.encoder`."""
+        return self.use_gating
+
     # The forward pass -------------------------------------------------------------------------------------
 
     def states(self, x: ms.Tensor, residual: ms.Tensor, norm_last: bool) -> tuple:

@@ -71,6 +71,8 @@ class GatedLoraConfig(TargetedConfig):
 class GatedLoraLinear(LoraLinear):
     """LoRA on a linear cell, A (r, in), B (out, r), with a gate (1, in)."""
 
+    mixes_tokens = True
+
     @classmethod
     def scaling_of(cls, site: Site) -> float:
         return 1.0

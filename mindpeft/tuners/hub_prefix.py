@@ -70,10 +70,10 @@ class HubPrefixConfig(PrefixTuningConfig):
 def check_attention(cell: nn.Cell | None, path: str) -> None:
     """Raise ``InputError`` unless a cell hands its second argument on to its attention, as BERT's does."""
     names = [] if cell is None else list(inspect.signature(cell.construct).parameters)
-    if names != ["hidden", "mask"] or "query" not in cell.name_cells():
+    if names != ["hidden", "mask", "queries"] or "query" not in cell.name_cells():
         raise InputError(
-            f"use_gating needs attention cells that are called (hidden, mask) and have a child query, as "
-            f"BERT's do; {path!r} is none"
+            "use_gating needs attention cells that are called (hidden, mask, queries) and have a child "
+            f"query, as BERT's do; {path!r} is none"
         )
 
 
@@ -85,7 +85,7 @@ class HubPrefixEncoder(PrefixEncoder):
 
 
 class PrefixGate(TunerLayer):
-    """Around a layer's attention, called (hidden, mask): hands the gates on together with the mask."""
+    """Around a layer's attention: hands the gates on together with the mask."""
 
     def __init__(
         self,
@@ -116,13 +116,14 @@ class PrefixGate(TunerLayer):
     def holds(cls, room: Shapes, shapes: Shapes) -> bool:
         return room == shapes
 
-    def construct(self, hidden: ms.Tensor, mask: ms.Tensor | None = None) -> ms.Tensor:
+    def construct(
+        self, hidden: ms.Tensor, mask: ms.Tensor | None = None, queries: ms.Tensor | None = None
+    ) -> ms.Tensor:
         if not self.shared.active:
-            return self.base_layer(hidden, mask)
+            return self.base_layer(hidden, mask, queries)
         wide = ops.cast(hidden, self.slot_dtype)
-        return self.base_layer(
-            hidden, (mask, row_gates(wide, self.prefix_gate.weight, self.prefix_gate.bias))
-        )
+        gates = row_gates(wide, self.prefix_gate.weight, self.prefix_gate.bias)
+        return self.base_layer(hidden, (mask, gates), queries)
 
 
 class GatedPrefixAttention(PrefixAttention):
