@@ -14,6 +14,7 @@
 
 #include "buffers.h"
 #include "elementwise.h"
+#include "lanes.h"
 
 namespace {
 
@@ -28,17 +29,17 @@ using mindpeft::Problem;
 // Takes a row's scores into its running maximum and sum; they become weights. Returns what all that came
 // before is to be multiplied by.
 float take_in(float* row, int64_t count, float& most, float& sum) {
-  float higher = most, mine = 0;
+  float higher = most;
 #pragma omp simd reduction(max : higher)
   for (int64_t j = 0; j < count; ++j) higher = row[j] > higher ? row[j] : higher;
-#pragma omp simd reduction(+ : mine)
+#pragma omp simd
   for (int64_t j = 0; j < count; ++j) {
     // Equal infinities would give NaN; a score that is NaN itself must.
     row[j] = row[j] == higher ? 1.0f : mindpeft::exponential(row[j] - higher);
-    mine += row[j];
   }
-  if (higher == INFINITY) mine = NAN;  // as if infinity had been subtracted from itself
-  const float kept = most == higher ? 1.0f : mindpeft::exponential(most - higher);
+  // Infinity: as if it had been subtracted from itself.
+  const float mine = higher == INFINITY ? NAN : mindpeft::sum(row, count);
+  const float kept = most == higher ? 1.0f : most == -INFINITY ? 0.0f : mindpeft::exponential(most - higher);
   most = higher;
   sum = sum * kept + mine;
   return kept;
@@ -111,10 +112,7 @@ void attend_with_one(const Problem& problem, int64_t text, int64_t head, float* 
       scores[j] = mask[j];
       continue;
     }
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < problem.size; ++i) sum += query[i] * keys[j * problem.size + i];
-    scores[j] = sum * problem.scale;
+    scores[j] = mindpeft::dot(query, keys + j * problem.size, problem.size) * problem.scale;
     if (problem.cap > 0.0f) scores[j] = problem.cap * mindpeft::hyperbolic_tangent(scores[j] / problem.cap);
     if (mask != nullptr) scores[j] += mask[j];
   }

@@ -6,10 +6,12 @@
 
 #include "buffers.h"
 #include "elementwise.h"
+#include "lanes.h"
 
 namespace {
 
 using mindpeft::Block;
+using mindpeft::dot;
 using mindpeft::kKeys;
 using mindpeft::kQueries;
 using mindpeft::Matrix;
@@ -17,20 +19,6 @@ using mindpeft::multiply;
 using mindpeft::Problem;
 
 constexpr float kNothing = 3e-7f;  // of a sum of weights, which is 1
-
-float dot(const float* a, const float* b, int64_t count) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += a[i] * b[i];
-  return sum;
-}
-
-float sum_of(const float* row, int64_t count) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += row[i];
-  return sum;
-}
 
 // Backward for one head of keys and some of its keys. dq is added to. What a query's weights share in their gradients
 // is the sum of the weights times their gradients, too. Where one block holds all keys that weigh anything it is taken
@@ -91,7 +79,7 @@ class Backward {
     drop(problem_, block, dscores);
     for (int64_t i = 0; i < block.queries; ++i) {
       float *d = dscores + i * kKeys, *weight = weights + i * kKeys, *slope = slopes + i * kKeys;
-      const float total = sum_of(weight, block.keys);
+      const float total = mindpeft::sum(weight, block.keys);
       const bool here = shared_ == nullptr || std::fabs(total - 1.0f) < kNothing;
       const float shared = here ? dot(d, weight, block.keys) / total : shared_[query_row + i];
       for (int64_t j = 0; j < block.keys; ++j) d[j] = weight[j] * (d[j] - shared);

@@ -10,26 +10,15 @@
 #include <cstring>
 #include <type_traits>
 
+#include "lanes.h"
 #include "threads.h"
-#include "vector_math.h"
 
 namespace mindpeft {
 namespace few {
 
-constexpr int kLanes = 16;
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
-typedef uint16_t HalfLanes __attribute__((vector_size(kLanes * sizeof(uint16_t)), aligned(2)));
-typedef uint32_t WordLanes __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 typedef int8_t ByteLanes __attribute__((vector_size(kLanes), aligned(1)));
 typedef int16_t ShortLanes __attribute__((vector_size(kLanes * sizeof(int16_t))));
 typedef int32_t IntLanes __attribute__((vector_size(kLanes * sizeof(int32_t))));
-
-inline Lanes load(const float* from) { return *reinterpret_cast<const Lanes*>(from); }
-
-inline Lanes load(const bfloat16* from) {
-  const HalfLanes halves = *reinterpret_cast<const HalfLanes*>(from);
-  return reinterpret_cast<Lanes>(__builtin_convertvector(halves, WordLanes) << 16);
-}
 
 // GCC makes of one step from 8 bits to 32 a step for each number.
 inline Lanes load(const int8_t* from) {
@@ -42,19 +31,8 @@ inline Lanes load(const int8_t* from) {
 }
 
 inline float number(int8_t value) { return value; }
+using mindpeft::load;
 using mindpeft::number;
-
-inline float total(Lanes lanes) {
-  typedef float Half __attribute__((vector_size(kLanes * 2)));
-  typedef float Quarter __attribute__((vector_size(kLanes)));
-  Half halves[2];
-  std::memcpy(halves, &lanes, sizeof(lanes));
-  const Half half = halves[0] + halves[1];
-  Quarter quarters[2];
-  std::memcpy(quarters, &half, sizeof(half));
-  const Quarter sums = quarters[0] + quarters[1];
-  return (sums[0] + sums[2]) + (sums[1] + sums[3]);
-}
 
 // Products of kRows rows of x with kColumns of weight, all of length k.
 template <int kRows, int kColumns, typename Weight>

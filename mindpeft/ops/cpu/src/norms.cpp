@@ -3,16 +3,20 @@
 #include <type_traits>
 
 #include "elementwise.h"
+#include "lanes.h"
 #include "rows.h"
 
 namespace {
 
 using mindpeft::Arguments;
 using mindpeft::bfloat16;
+using mindpeft::dot;
 using mindpeft::in_parallel;
 using mindpeft::least_rows;
 using mindpeft::narrow;
 using mindpeft::number;
+using mindpeft::sum;
+using mindpeft::sum_of;
 using mindpeft::sum_over_rows;
 
 // LayerNorm is centred: it takes the mean away, and has a bias. RMSNorm is not, and its mean counts as 0.
@@ -63,18 +67,11 @@ const float* input_row(const Norm& norm, int64_t row) {
   return sum;
 }
 
-float mean_of(const float* x, int64_t width) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < width; ++i) sum += x[i];
-  return sum / width;
-}
-
 float mean_square(const float* x, float mean, int64_t width) {
-  float squares = 0;
-#pragma omp simd reduction(+ : squares)
-  for (int64_t i = 0; i < width; ++i) squares += (x[i] - mean) * (x[i] - mean);
-  return squares / width;
+  return sum_of(width, [=](int64_t i, auto load) {
+    const auto distance = load(x + i) - mean;
+    return distance * distance;
+  }) / width;
 }
 
 template <bool centred>
@@ -87,7 +84,7 @@ void norm_row(const Norm& norm, int64_t row) {
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) kept[i] = narrow(in[i]);
   }
-  const float mean = centred ? mean_of(in, width) : 0;
+  const float mean = centred ? sum(in, width) / width : 0;
   const float scale = 1.0f / std::sqrt(mean_square(in, mean, width) + norm.eps);
   if (centred) norm.means[row] = mean;
   norm.scales[row] = scale;
@@ -122,14 +119,10 @@ void gradient_row(const Gradient<Number>& gradient, int64_t row) {
   const float *d = gradient.dy + begin, *weight = gradient.weight;
   const float mean = centred ? gradient.means[row] : 0, scale = gradient.scales[row];
   float* out = gradient.dx + begin;
-  float sum = 0, shared = 0;
-#pragma omp simd reduction(+ : sum, shared)
-  for (int64_t i = 0; i < width; ++i) {
-    const float part = d[i] * weight[i];
-    if (centred) sum += part;
-    shared += part * (number(in[i]) - mean);
-  }
-  const float level = sum / width, factor = shared * scale * scale / width;
+  const float shared = sum_of(width, [=](int64_t i, auto load) {
+    return load(d + i) * load(weight + i) * (load(in + i) - mean);
+  });
+  const float level = centred ? dot(d, weight, width) / width : 0, factor = shared * scale * scale / width;
 #pragma omp simd
   for (int64_t i = 0; i < width; ++i) {
     out[i] = (d[i] * weight[i] - level - (number(in[i]) - mean) * factor) * scale;
