@@ -69,8 +69,9 @@ def test_switched_off_it_is_the_base_model(tmp_path, name):
     expected = logits(make_base())
     model = opened(tmp_path, name)
     adapted = logits(model)
+    rounding = 1e-6 if name == "gated" else 0  # a gate reads all tokens, so the last layer computes more
     with model.disable_adapter():
-        np.testing.assert_array_equal(logits(model), expected)
+        np.testing.assert_allclose(logits(model), expected, rtol=0, atol=rounding)
     np.testing.assert_array_equal(logits(model), adapted)
     assert len(model.compile_cache) == 1
     np.testing.assert_array_equal(logits(model.unload()), expected)
