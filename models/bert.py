@@ -246,6 +246,7 @@ class BertForSequenceClassification(BertPreTrainedModel):
     def __init__(self, config: BertConfig):
         super().__init__(config)
         self.bert = BertModel(config)
+        self.bert.encoder.set_last_apart()
         self.dropout = head_dropout(config)
         self.classifier = Linear(config.hidden_size, config.num_labels)
 

@@ -85,6 +85,7 @@ class RobertaForSequenceClassification(BertPreTrainedModel):
     def __init__(self, config: RobertaConfig):
         super().__init__(config)
         self.roberta = RobertaModel(config, add_pooling_layer=False)
+        self.roberta.encoder.set_last_apart()
         self.classifier = RobertaClassificationHead(config)
 
     def construct(

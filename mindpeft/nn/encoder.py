@@ -40,6 +40,14 @@ class EncoderStack(CheckpointingStack):
             states = (*states, hidden)
         return states
 
+    def set_last_apart(self) -> None:
+        """Compile the last layer by itself, for calls with ``first_only``.
+
+        Of a graph that layers share, MindSpore mixes up calls with different numbers of arguments.
+        """
+        if len(self.layer) > 0:
+            self.layer[-1].is_apart = True  # which makes its structure differ
+
     @property
     def can_narrow(self) -> bool:
         """Whether no cell of the last layer ``mixes_tokens`` of its input, and no hook sees its calls."""

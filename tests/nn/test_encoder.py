@@ -10,11 +10,15 @@ from mindspore import Tensor, ops
 from mindpeft import BottleneckConfig, GatedLoraConfig, LoraConfig, get_peft_model
 from mindpeft.models.bert import BertConfig, BertModel
 from mindpeft.models.distilbert import DistilBertConfig, DistilBertModel
+from mindpeft.models.roberta import RobertaConfig
+from mindpeft.nn.encoder import EncoderStack
+from mindpeft.structure import structure
 from tests.ops.compare import assert_close
 
 BATCH, LENGTH, HEADS, WIDTH = 3, 7, 4, 32
 _SIZES = {"vocab_size": 40, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": HEADS}
 _BERT = BertConfig(**_SIZES, intermediate_size=48, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+_ROBERTA = RobertaConfig(**_SIZES, intermediate_size=48)
 _SIZES = {"vocab_size": 40, "dim": WIDTH, "n_layers": 2, "n_heads": HEADS, "hidden_dim": 48}
 _DISTILBERT = DistilBertConfig(**_SIZES, dropout=0, attention_dropout=0)
 MODELS = {"bert": lambda: BertModel(_BERT), "distilbert": lambda: DistilBertModel(_DISTILBERT)}
@@ -62,6 +66,16 @@ def test_the_first_token_is_the_same(kind, mask):
     model = made(kind)
     expected = first_and_gradients(model, MASKS[mask], False)
     assert_close(first_and_gradients(model, MASKS[mask], True), expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"), [("Bert", _BERT), ("Roberta", _ROBERTA), ("DistilBert", _DISTILBERT)]
+)
+def test_the_last_layer_of_a_classifier_shares_no_graph(module, config):
+    for head, apart in (("SequenceClassification", True), ("TokenClassification", False)):
+        model = module.HEADS[f"AutoModelFor{head}"](config)
+        (layers,) = [cell.layer for _, cell in model.cells_and_names() if isinstance(cell, EncoderStack)]
+        assert (structure(layers[0]) != structure(layers[1])) == apart
 
 
 @pytest.mark.usefixtures("pynative")
