@@ -14,6 +14,7 @@ from mindpeft.models.roberta import RobertaConfig
 from mindpeft.nn.encoder import EncoderStack
 from mindpeft.structure import structure
 from tests.ops.compare import assert_close
+from tests.selection import default
 
 BATCH, LENGTH, HEADS, WIDTH = 3, 7, 4, 32
 _SIZES = {"vocab_size": 40, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": HEADS}
@@ -59,7 +60,7 @@ def first_and_gradients(model, mask, first_only: bool) -> list[np.ndarray]:
     return [hidden[:, 0].asnumpy(), *(gradient.asnumpy() for gradient in gradients)]
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", default(MODELS, "bert"))
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.usefixtures("mode")
 def test_the_first_token_is_the_same(kind, mask):
