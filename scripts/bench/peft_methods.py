@@ -109,8 +109,9 @@ def adapted(model: Any, package: str, method: Method) -> Any:
 
 def side(package: str, name: str, folder: str) -> None:
     """Run one side of one method."""
-    make = {"mindpeft": mindpeft_step, "peft": torch_step}[package]
-    serve(lambda: make(folder, SHAPE, lambda model: adapted(model, package, METHODS[name])))
+    make, method = {"mindpeft": mindpeft_step, "peft": torch_step}[package], METHODS[name]
+    shape = SHAPE._replace(tasks=method.arguments.get("num_tasks", 0))
+    serve(lambda: make(folder, shape, lambda model: adapted(model, package, method)))
 
 
 def with_head(scratch: str) -> str:

@@ -47,6 +47,7 @@ class Shape(NamedTuple):
     rank: int = 8
     dtype: str = "float32"
     checkpointing: bool = False
+    tasks: int = 0  # of which each text has one
 
 
 _CLASSIFIER = ("AutoModelForSequenceClassification", "SEQ_CLS", ["query", "value"])
@@ -69,7 +70,8 @@ def batch(shape: Shape) -> dict[str, np.ndarray]:
     size = shape.rows, shape.length
     ids = rng.integers(1000, VOCABULARY, size)
     labels = rng.integers(0, 2, size[0]) if shape.task == "SEQ_CLS" else ids
-    return {"input_ids": ids, "attention_mask": np.ones(size, np.int64), "labels": labels}
+    columns = {"input_ids": ids, "attention_mask": np.ones(size, np.int64), "labels": labels}
+    return columns | ({"task_ids": rng.integers(0, shape.tasks, size[0])} if shape.tasks else {})
 
 
 def lora_arguments(shape: Shape) -> dict:
