@@ -8,6 +8,7 @@ import pytest
 from mindspore import Tensor, ops
 
 from mindpeft import BottleneckConfig, GatedLoraConfig, LoraConfig, get_peft_model
+from mindpeft.models import bert, distilbert, roberta
 from mindpeft.models.bert import BertConfig, BertModel
 from mindpeft.models.distilbert import DistilBertConfig, DistilBertModel
 from mindpeft.models.roberta import RobertaConfig
@@ -70,7 +71,7 @@ def test_the_first_token_is_the_same(kind, mask):
 
 
 @pytest.mark.parametrize(
-    ("name", "config"), [("Bert", _BERT), ("Roberta", _ROBERTA), ("DistilBert", _DISTILBERT)]
+    ("module", "config"), [(bert, _BERT), (roberta, _ROBERTA), (distilbert, _DISTILBERT)]
 )
 def test_the_last_layer_of_a_classifier_shares_no_graph(module, config):
     for head, apart in (("SequenceClassification", True), ("TokenClassification", False)):
