@@ -482,7 +482,7 @@ def large() -> list[Case]:
         Case("linear", (on_bfloat16_grid(x), grid), (), True),
         Case("linear", (x[:8], weight)),
         *deep(random),
-        *few_rows(random),
+        *few_rows(random, exact=8),
         int8_case(random, "int8_linear_bias", (1300,), 67, 1100),
         int8_case(random, "int8_linear", (700,), 67, 1100),
         delta_case(random, "delta_linear_bias", (1300,), 67, 1100),
@@ -520,17 +520,19 @@ def deep(random: Random) -> list[Case]:
     ]
 
 
-def few_rows(random: Random) -> list[Case]:
-    """Rows of floats beside a weight of bfloat16, in sizes that matrix units take."""
-    return [
-        Case(
-            "linear_bias",
-            (random.normal(rows, depth), on_bfloat16_grid(random.normal(n, depth)), random.normal(n)),
-            (),
-            True,
-        )
-        for rows, n, depth in [(3, 16, 32), (5, 1000, 96), (8, 50, 1600), (9, 33, 64), (16, 4000, 160)]
-    ]
+def few_rows(random: Random, exact: int = 16) -> list[Case]:
+    """Rows of floats beside a weight of bfloat16, in sizes that matrix units take.
+
+    More than ``exact`` rows are on bfloat16's grid: they are rounded to it from 9 on, or 17 with matrix units.
+    """
+
+    def case(rows: int, n: int, depth: int) -> Case:
+        x, weight, bias = random.normal(rows, depth), random.normal(n, depth), random.normal(n)
+        x = x if rows <= exact else on_bfloat16_grid(x)
+        return Case("linear_bias", (x, on_bfloat16_grid(weight), bias), (), True)
+
+    sizes = [(3, 16, 32), (5, 1000, 96), (8, 50, 1600), (9, 33, 64), (16, 4000, 160)]
+    return [case(*size) for size in sizes]
 
 
 def some(name: str, count: int, seed: int = 0) -> list[Case]:
