@@ -523,7 +523,7 @@ def deep(random: Random) -> list[Case]:
 def few_rows(random: Random, exact: int = 16) -> list[Case]:
     """Rows of floats beside a weight of bfloat16, in sizes that matrix units take.
 
-    More than ``exact`` rows are on bfloat16's grid: they are rounded to it from 9 on, or 17 with matrix units.
+    More than ``exact`` are on bfloat16's grid: from 9 on, or 17 with matrix units, rows are rounded to it.
     """
 
     def case(rows: int, n: int, depth: int) -> Case:
