@@ -30,6 +30,7 @@ from mindpeft.ops.cpu.library import SWITCH
 from mindpeft.ops.dropout import seed_dropout
 from mindpeft.train.arguments import TrainingArguments
 from mindpeft.train.trainer import Trainer
+from tests.selection import default
 from tests.train.small import SmallClassifier
 
 ROOT = Path(__file__).parents[2]
@@ -143,13 +144,13 @@ def assert_same(model: nn.Cell, causal: bool) -> None:
     assert not model.is_gradient_checkpointing
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", default(BACKBONES, "bert", "gpt2", "llama", "gemma2"))
 def test_backbones(backbone):
     """LoRA on frozen embeddings; the second pass drops what the first one dropped."""
     assert_same(model_of(backbone), causal=backbone not in ("bert", "roberta", "distilbert"))
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "lora"])
+@pytest.mark.parametrize("method", default(METHODS, "ia3", "prefix_tuning", "vblora", "seq_bn", "full"))
 def test_methods(method):
     encoder = method in ("seq_bn", "bitfit")
     assert_same(model_of("bert" if encoder else "llama", method), causal=not encoder)
@@ -164,6 +165,7 @@ def test_operator_by_operator_it_has_no_effect(pynative, caplog):
         TrainingArguments("out", gradient_checkpointing=True, jit=False)
 
 
+@pytest.mark.slow
 def test_without_kernels():
     """MindSpore's own operators give the same, dropout too."""
     steps = "setup_device('CPU'); assert_same(model_of('llama'), True)"
