@@ -150,7 +150,10 @@ def test_training_with_recomputed_layers(llama):
     "config",
     [
         lora(use_dora=True, init_lora_weights=False),
-        MissConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_weights="bat"),
+        pytest.param(
+            MissConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_weights="bat"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["dora", "miss_bat"],
 )

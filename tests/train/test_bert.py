@@ -62,6 +62,7 @@ def test_trained_adapter_is_saved_resumed_and_read_again(tmp_path):
     )
 
 
+@pytest.mark.slow  # tests/parity/test_graph.py counts the products of an encoder too
 @pytest.mark.usefixtures("plain_operators")
 def test_graph_holds_no_gradient_of_a_frozen_weight(tmp_path):
     """A feed-forward weight's gradient is a matrix product of shape (INNER, HIDDEN) or (HIDDEN, INNER)."""

@@ -60,7 +60,12 @@ def train(model, accumulation=1, clip=0.0, steps=3, mode=ms.GRAPH_MODE):
 
 
 @pytest.mark.parametrize(
-    ("accumulation", "mode"), [(1, ms.GRAPH_MODE), (2, ms.GRAPH_MODE), (2, ms.PYNATIVE_MODE)]
+    ("accumulation", "mode"),
+    [
+        pytest.param(1, ms.GRAPH_MODE, marks=pytest.mark.slow),
+        (2, ms.GRAPH_MODE),
+        (2, ms.PYNATIVE_MODE),
+    ],
 )
 def test_penalty_gradient_and_update_are_seen(accumulation, mode):
     plain, hooked = SmallClassifier(), Hooked()

@@ -200,11 +200,11 @@ def adapter_files(folder: Path) -> dict[str, bytes]:
     ("name", "step"),
     [
         ("adalora", 5),  # between two prunings
-        ("adalora", 9),  # after the last one
+        pytest.param("adalora", 9, marks=pytest.mark.slow),  # after the last one
         pytest.param("diff pruning, fixed noise", 3, marks=pytest.mark.slow),  # before the pruning
         # right after it: the gates stand so wide open, or closed, that noise changes nothing
         ("diff pruning", 4),
-        ("p-tuning", 5),
+        pytest.param("p-tuning", 5, marks=pytest.mark.slow),
         ("lora+", 5),
         pytest.param("lora-fa", 5, marks=pytest.mark.slow),
         pytest.param("hybrid", 5, marks=pytest.mark.slow),

@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parents[3]
 PRODUCTS = next((Path(ms.__file__).parent / "lib").glob("libdnnl.so.[23]"), None)
 COUNT = 3
 # (build, with oneDNN, threads); the build is the one in use where it has no name
-RUNS = [("", True, count) for count in (1, 2, 3, 8, 64)] + [
+RUNS = [("", True, count) for count in (1, 3, 64)] + [
+    pytest.param("", True, 2, marks=pytest.mark.slow),
+    pytest.param("", True, 8, marks=pytest.mark.slow),
     ("", False, 3),
     ("avx2", True, 2),
     ("avx2", False, 2),
