@@ -53,9 +53,7 @@ def test_pynative_mode_switching_and_files(tmp_path):
     np.testing.assert_allclose(found, EXPECTED["unipelt/logits"], atol=1e-5)
     whole = make_base()
     whole.bert.encoder.layer[-1].register_forward_hook(lambda cell, inputs, output: None)
-    with (
-        model.disable_adapter()
-    ):  # gates read all tokens: all of the last layer is computed, as for a hook
+    with model.disable_adapter():  # gates read all tokens: all of the last layer is computed, as for a hook
         np.testing.assert_array_equal(logits(model), logits(whole))
     np.testing.assert_array_equal(logits(model), found)
     model.save_pretrained(tmp_path / "again", ["unipelt"])
